@@ -1,0 +1,107 @@
+"""What a tool says to Redis, as values: no I/O here.
+
+A tool builds a `Command`; a transport says it and applies `parse` to the reply. A conversation of
+several moves is `Steps`: a generator that yields effects and is resumed with their results, or has
+their errors thrown in. Drivers (`redishacks._drive`) obey it, in sync or async code.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections.abc import Callable, Generator, Sequence
+from importlib import resources
+from typing import Any, Generic, NamedTuple, TypeAlias, TypeVar
+
+T = TypeVar("T")
+
+Arg: TypeAlias = bytes | str | int | float
+
+
+class Script(NamedTuple):
+    """A Lua script: called by its hash, sent whole only when a server does not know it."""
+
+    name: str
+    source: bytes
+    sha: bytes
+
+
+@functools.cache
+def script(name: str) -> Script:
+    """Load `lua/<name>.lua`; its header says the call form, the keys and the reply."""
+    source = resources.files("redishacks").joinpath("lua", f"{name}.lua").read_bytes()
+    return Script(name, source, hashlib.sha1(source, usedforsecurity=False).hexdigest().encode())
+
+
+def as_is(reply: Any) -> Any:
+    """Return the reply unchanged."""
+    return reply
+
+
+class Command(NamedTuple, Generic[T]):
+    """One thing to say to Redis, and how to read the answer."""
+
+    #: What goes on the wire: name and arguments; for a script, its ARGV.
+    args: tuple[Arg, ...]
+    #: The keys it touches, which decide the node; for a script also its KEYS.
+    keys: tuple[bytes, ...] = ()
+    #: Turns the raw reply into the result.
+    parse: Callable[[Any], T] = as_is
+    script: Script | None = None
+    #: Saying it twice has the effect of saying it once (a read, or a write with a token).
+    repeatable: bool = False
+    #: The reply may be large or slow: keep it off the connection that others wait on.
+    bulk: bool = False
+
+
+class Outcome(NamedTuple, Generic[T]):
+    """How one command of several ended: a value, or an error."""
+
+    value: T | None
+    error: Exception | None = None
+
+    def result(self) -> T:
+        """Return the value, or raise the error."""
+        if self.error is not None:
+            raise self.error
+        return self.value  # type: ignore[return-value]
+
+
+class Ask(NamedTuple):
+    """Effect: say these commands; resumed with one `Outcome` each, in order."""
+
+    commands: Sequence[Command[Any]]
+
+
+class Sleep(NamedTuple):
+    """Effect: wait this many seconds."""
+
+    seconds: float
+
+
+class Call(NamedTuple):
+    """Effect: call a function; an async driver awaits what an async function returns."""
+
+    function: Callable[..., Any]
+    args: tuple[Any, ...]
+
+
+Effect: TypeAlias = Command[Any] | Ask | Sleep | Call
+Steps: TypeAlias = Generator[Effect, Any, T]
+
+
+def ask(command: Command[T]) -> Steps[T]:
+    """Say one command; its error is raised here."""
+    result: T = yield command
+    return result
+
+
+def ask_all(commands: Sequence[Command[T]]) -> Steps[list[Outcome[T]]]:
+    """Say several commands in one exchange per node; errors stay in their outcomes."""
+    outcomes: list[Outcome[T]] = yield Ask(commands)
+    return outcomes
+
+
+def call(function: Callable[..., Any], *args: Any) -> Steps[Any]:
+    """Call a function that may block or be async."""
+    return (yield Call(function, args))

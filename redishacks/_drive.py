@@ -1,0 +1,99 @@
+"""Drivers: they obey `Steps`, in sync or in async code. The only loops over effects."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import time
+from collections.abc import Sequence
+from typing import Any, Protocol, TypeVar
+
+from redishacks._command import Ask, Call, Command, Effect, Outcome, Sleep, Steps
+
+T = TypeVar("T")
+
+
+class Transport(Protocol):
+    """How commands reach a server, sync; `deadline` is seconds for the whole exchange."""
+
+    def call(self, command: Command[T], deadline: float) -> T:
+        """Say one command, return its result or raise its error."""
+
+    def run(self, commands: Sequence[Command[T]], deadline: float) -> list[Outcome[T]]:
+        """Say several, one write per node; every one ends as a value or an error, in order."""
+
+    def close(self) -> None:
+        """Close idle connections; the next call opens new ones."""
+
+
+class AsyncTransport(Protocol):
+    """The same for asyncio."""
+
+    async def call(self, command: Command[T], deadline: float) -> T:
+        """Say one command, return its result or raise its error."""
+
+    async def run(self, commands: Sequence[Command[T]], deadline: float) -> list[Outcome[T]]:
+        """Say several, one write per node; every one ends as a value or an error, in order."""
+
+    async def aclose(self) -> None:
+        """Close this loop's connections; the next call opens new ones."""
+
+
+def perform(effect: Effect, transport: Transport | None, deadline: float) -> Any:
+    """Carry out one effect."""
+    if isinstance(effect, Call):
+        return effect.function(*effect.args)
+    if isinstance(effect, Sleep):
+        return time.sleep(effect.seconds)
+    assert transport is not None
+    if isinstance(effect, Ask):
+        return transport.run(effect.commands, deadline)
+    return transport.call(effect, deadline)
+
+
+async def perform_async(effect: Effect, transport: AsyncTransport | None, deadline: float) -> Any:
+    """Carry out one effect; a sync function is called in a thread, since it may block."""
+    if isinstance(effect, Call):
+        if inspect.iscoroutinefunction(effect.function):
+            return await effect.function(*effect.args)
+        return await asyncio.to_thread(effect.function, *effect.args)
+    if isinstance(effect, Sleep):
+        return await asyncio.sleep(effect.seconds)
+    assert transport is not None
+    if isinstance(effect, Ask):
+        return await transport.run(effect.commands, deadline)
+    return await transport.call(effect, deadline)
+
+
+def drive(steps: Steps[T], transport: Transport | None = None, deadline: float = 1.0) -> T:
+    """Run steps to their end; an effect that fails is thrown into them."""
+    try:
+        effect = next(steps)
+        while True:
+            try:
+                result = perform(effect, transport, deadline)
+            except BaseException as error:
+                effect = steps.throw(error)
+            else:
+                effect = steps.send(result)
+    except StopIteration as stop:
+        value: T = stop.value
+        return value
+
+
+async def drive_async(
+    steps: Steps[T], transport: AsyncTransport | None = None, deadline: float = 1.0
+) -> T:
+    """Run steps to their end in a task; a cancellation is thrown into them too."""
+    try:
+        effect = next(steps)
+        while True:
+            try:
+                result = await perform_async(effect, transport, deadline)
+            except BaseException as error:
+                effect = steps.throw(error)
+            else:
+                effect = steps.send(result)
+    except StopIteration as stop:
+        value: T = stop.value
+        return value

@@ -1,0 +1,59 @@
+"""Key names: `<prefix>:<tool letter><version>:{<tag>}:<rest>`, and what may stand in them.
+
+Keys that one command touches share the `{tag}`, so that they live in one slot of a cluster. Braces,
+`%` and control characters are percent-encoded: an empty or nested tag would split the keys.
+"""
+
+from __future__ import annotations
+
+import re
+
+from redishacks.errors import UsageError
+
+#: The longest id or key that a tool accepts, in bytes.
+MAX_ID = 2048
+
+_UNSAFE = re.compile(r"[%{}\x00-\x1f\x7f]")
+
+
+def quote(text: str) -> str:
+    """Percent-encode what would break a key's structure; everything else stays readable."""
+    return _UNSAFE.sub(lambda found: f"%{ord(found[0]):02X}", text)
+
+
+def check_name(value: object, what: str) -> str:
+    """Return a prefix or a tool's name fit for a key, or raise `UsageError`."""
+    if not isinstance(value, str) or not value or len(value.encode()) > 256:
+        raise UsageError(f"{what} must be a string of 1 to 256 bytes, not {value!r}")
+    return quote(value)
+
+
+def make(prefix: str, tool: str, tag: str, *rest: str) -> bytes:
+    """Build a key; the prefix and the tag are already quoted."""
+    return ":".join((prefix, tool, f"{{{tag}}}", *rest)).encode()
+
+
+def id_bytes(value: str | int | bytes) -> bytes:
+    """Return an id as the bytes Redis holds: `42`, `"42"` and `b"42"` are the same id."""
+    if isinstance(value, str):
+        try:
+            raw = value.encode()
+        except UnicodeEncodeError:
+            raise UsageError(f"id {value!r} is not encodable as UTF-8") from None
+    elif isinstance(value, bytes):
+        raw = value
+    elif isinstance(value, int) and not isinstance(value, bool):
+        raw = b"%d" % value
+    else:
+        raise UsageError(f"an id is a str, an int or bytes, not {type(value).__name__}: {value!r}")
+    if not 0 < len(raw) <= MAX_ID:
+        raise UsageError(f"an id has 1 to {MAX_ID} bytes, and this one has {len(raw)}")
+    return raw
+
+
+def id_shown(raw: bytes) -> str | bytes:
+    """Return an id as readers get it: `str`, or `bytes` when it is not UTF-8."""
+    try:
+        return raw.decode()
+    except UnicodeDecodeError:
+        return raw

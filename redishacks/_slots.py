@@ -1,0 +1,25 @@
+"""Slots of a Redis Cluster, and the partitions a tool spreads one hot name over.
+
+CRC16 (XMODEM), as in the Redis Cluster specification; the standard library has it in C.
+"""
+
+from __future__ import annotations
+
+from binascii import crc_hqx
+
+SLOTS = 16384
+
+
+def key_slot(key: bytes) -> int:
+    """Return the slot of a key: CRC16 of its hash tag, or of the whole key without one."""
+    start = key.find(b"{")
+    if start >= 0:
+        end = key.find(b"}", start + 1)
+        if end > start + 1:
+            key = key[start + 1 : end]
+    return crc_hqx(key, 0) % SLOTS
+
+
+def partition(raw: bytes, partitions: int) -> int:
+    """Return which of a name's partitions an id belongs to."""
+    return crc_hqx(raw, 0) % partitions if partitions > 1 else 0

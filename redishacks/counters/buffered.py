@@ -1,0 +1,378 @@
+"""`BufferedCounter`: count in Redis now, let a flush job write to SQL later."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from types import TracebackType
+from typing import Any, Literal, Self
+
+from redishacks import _keys
+from redishacks._command import Command, Outcome, Steps, ask_all
+from redishacks._drive import drive, drive_async
+from redishacks._linger import AsyncCoalescer, Buffer, Coalescer, Items, Refused, check_linger
+from redishacks._sink import Rule
+from redishacks._transport import connect, connect_async
+from redishacks._units import Seconds, seconds
+from redishacks.counters.commands import Amount, Columns, Id, Layout, new_id
+from redishacks.errors import PartlyAppliedError, UsageError
+
+#: Parts of one `incr_many` that go out in one exchange.
+_PARTS_AT_ONCE = 8
+
+Amounts = Mapping[Id, Amount] | Mapping[Id, Mapping[str, Amount]]
+
+
+class _Batcher(Layout):
+    """The layout, as the coalescing buffer needs it."""
+
+    def hit(self, times: int) -> Sequence[int | None]:
+        """Return the amounts of a plain hit that came so many times."""
+        return (times, *(None for _ in self.columns.names[1:]))
+
+    def merge(self, into: list[int | None], amounts: Sequence[int | None]) -> None:
+        """Merge amounts into others."""
+        self.columns.merge(into, amounts)
+
+
+class _Counter:
+    """What both colours share: checked input turned into commands."""
+
+    def __init__(
+        self,
+        name: str,
+        columns: Mapping[str, str | Rule] | None,
+        partitions: int,
+        prefix: str,
+        deadline: Seconds,
+    ) -> None:
+        self.name = name
+        self.layout = _Batcher(prefix, name, Columns(columns), partitions)
+        self.deadline = seconds(deadline, "deadline")
+        self._plain = self.layout.columns.rules[self.layout.columns.names[0]] is Rule.SUM
+        self._defined = False
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.layout.full_name}>"
+
+    def _amounts(self, amount: Amount | None, given: dict[str, Amount]) -> list[int | None]:
+        columns = self.layout.columns
+        if amount is None and not given:
+            if not self._plain:
+                raise UsageError(f"give an amount for {columns.names[0]}, it is not a sum")
+            amount = 1
+        if amount is not None:
+            given = {columns.names[0]: amount, **given}
+        return columns.amounts(given)
+
+    def _hit(self, id: Id, amount: Amount | None, given: dict[str, Amount]) -> Command[None] | None:
+        raw = _keys.id_bytes(id)
+        amounts = self._amounts(amount, given)
+        if not any(a is not None for a in amounts):
+            return None
+        return self.layout.add_one(raw, amounts)
+
+    def _define(self) -> Steps[None]:
+        yield from self.layout.agree()
+        self._defined = True
+
+    def _items(self, hits: Amounts) -> Items:
+        columns = self.layout.columns
+        merged_hits: dict[bytes, list[int | None]] = {}
+        for id, given in hits.items():
+            raw = _keys.id_bytes(id)
+            amounts = (
+                columns.amounts(given) if isinstance(given, Mapping) else self._amounts(given, {})
+            )
+            if not any(a is not None for a in amounts):
+                continue
+            into = merged_hits.get(raw)
+            if into is None:
+                merged_hits[raw] = amounts
+            else:
+                columns.merge(into, amounts)
+        return list(merged_hits.items())
+
+    def _add_many(self, items: Items) -> Steps[None]:
+        if not self._defined:
+            yield from self._define()
+        parts = list(self.layout.parts(items))
+        failed: dict[str | bytes, Exception] = {}
+        for start in range(0, len(parts), _PARTS_AT_ONCE):
+            some = parts[start : start + _PARTS_AT_ONCE]
+            outcomes: list[Outcome[int]] = yield from ask_all(
+                [self.layout.add(p, part) for p, part in some]
+            )
+            for (_, part), outcome in zip(some, outcomes, strict=True):
+                error = outcome.error
+                if error is None and outcome.result() < 0:
+                    raw = part[-outcome.result() - 1][0]
+                    error = UsageError(
+                        f"the pending sum of {_keys.id_shown(raw)!r} would pass 2^53; nothing of "
+                        "its part was added"
+                    )
+                if error is not None:
+                    failed.update((_keys.id_shown(raw), error) for raw, _ in part)
+        if not failed:
+            return
+        errors = list({str(error): error for error in failed.values()}.values())
+        if len(errors) == 1 and len(failed) == len(items):
+            raise errors[0]
+        raise PartlyAppliedError(
+            f"{len(items) - len(failed)} of {len(items)} ids were added; {errors[0]}", failed
+        )
+
+    def _top(self, count: int, column: str | None) -> Steps[list[tuple[str | bytes, int]]]:
+        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+            raise UsageError(f"top() takes a positive number of ids, not {count!r}")
+        found: list[tuple[bytes, int]] = []
+        for outcome in (yield from ask_all(self.layout.top(count, column))):
+            found += [(i, a) for i, a in zip(*outcome.result(), strict=True) if a is not None]
+        found.sort(key=lambda item: (-item[1], item[0]))
+        return [(_keys.id_shown(raw), amount) for raw, amount in found[:count]]
+
+    def _buffer(
+        self,
+        max_buffered: int,
+        on_refused: Callable[[Refused], None] | None,
+        on_maybe_applied: Callable[[Items], None] | None,
+    ) -> Buffer:
+        return Buffer(self.layout, new_id, max_buffered, on_refused, on_maybe_applied)
+
+
+class BufferedCounter(_Counter):
+    """Counts hits in Redis until a `FlushJob` has written them to SQL.
+
+    `client` is a `redis.Redis`, a Sentinel master, a `redis.RedisCluster`, a fakeredis client or a
+    URL. `columns` maps each column to its merge rule ("sum", "max", "min"); without it there is
+    one, `amount`, a sum. `partitions` spreads a counter over so many slots of a cluster, and must
+    be the same everywhere. `deadline` bounds every exchange with Redis, in seconds.
+
+    With `linger`, hits are merged in this process and sent every so many seconds, when
+    `max_buffered` ids are held, on `close()`, at the end of a `with`, and at interpreter exit.
+    A SIGKILL then loses the hits of the last `linger` seconds, plus those of the time that sends
+    had been failing; nothing else loses or doubles one. A full buffer makes `incr` raise
+    `UnavailableError` with the hit not counted, or wait up to `deadline` first when Redis is only
+    slow or `overflow="block"`. A hit that Redis will never take (its sum would pass 2^53) is
+    logged and passed to `on_refused`; one in doubt for 12 hours to `on_maybe_applied`.
+
+    Safe in threads, greenlets, signal handlers and after fork (a child begins with an empty
+    buffer; the parent sends its own).
+    """
+
+    def __init__(
+        self,
+        client: Any,
+        name: str,
+        *,
+        columns: Mapping[str, str | Rule] | None = None,
+        partitions: int = 1,
+        prefix: str = "rh",
+        deadline: Seconds = 1.0,
+        linger: Seconds | None = None,
+        max_buffered: int = 100_000,
+        overflow: Literal["raise", "block"] = "raise",
+        on_refused: Callable[[Refused], None] | None = None,
+        on_maybe_applied: Callable[[Items], None] | None = None,
+    ) -> None:
+        super().__init__(name, columns, partitions, prefix, deadline)
+        self.transport = connect(client)
+        self._coalescer: Coalescer | None = None
+        if linger is not None:
+            buffer = self._buffer(max_buffered, on_refused, on_maybe_applied)
+            self._coalescer = Coalescer(
+                buffer,
+                self.transport,
+                linger=check_linger(linger),
+                deadline=self.deadline,
+                overflow=overflow,
+            )
+            self._linger_buffer = buffer
+            self._ones = buffer.ones
+            self._finalizer = weakref.finalize(self, self._coalescer.abandon)
+            self._finalizer.atexit = False
+
+    def incr(self, id: Id, amount: Amount | None = None, **columns: Amount) -> None:
+        """Add to an id: `incr("/a")`, `incr("/a", 3)`, `incr(42, times_seen=1, last_seen=now)`.
+
+        `id` is a str, an int or bytes, up to 2,048 bytes; amounts are ints of either sign, in max
+        and min columns also aware datetimes. All columns change in one atomic script.
+
+        One round trip, none with `linger`. Raises `UsageError` for what can never be counted
+        (beyond 2^53 too), `UnavailableError` when it was not counted, and `MaybeAppliedError` when
+        the reply was lost (never with `linger`).
+        """
+        coalescer = self._coalescer
+        if coalescer is None:
+            command = self._hit(id, amount, columns)
+            if command is not None:
+                if not self._defined:
+                    drive(self._define(), self.transport, self.deadline)
+                self.transport.call(command, self.deadline)
+            return
+        ones = self._ones
+        if (
+            amount is None
+            and type(id) is str
+            and not columns
+            and self._plain
+            and id.isascii()
+            and 0 < len(id) <= _keys.MAX_ID
+        ):
+            if len(ones) >= self._linger_buffer.room:
+                coalescer.make_room()
+            ones.append(id)
+            if coalescer.closed:  # meanwhile: nobody else would send it
+                coalescer.close()
+        else:
+            raw = _keys.id_bytes(id)
+            amounts = self._amounts(amount, columns)
+            if any(a is not None for a in amounts):
+                coalescer.add(raw, amounts)
+
+    def incr_many(self, hits: Amounts) -> None:
+        """Add to many ids: `{"/a": 2, "/b": 1}` or `{42: {"times_seen": 1, "last_seen": now}}`.
+
+        Goes out in parts of at most 5,000 ids and 1 MB, eight to a round trip; each part is
+        atomic, and each id stands in one part. Ids that are the same as bytes are merged first.
+        Raises as `incr` does when nothing was added, else `PartlyAppliedError`, which says what
+        became of which id.
+        """
+        items = self._items(hits)
+        if self._coalescer is not None:
+            for raw, amounts in items:
+                self._coalescer.add(raw, amounts)
+        elif items:
+            drive(self._add_many(items), self.transport, self.deadline)
+
+    def pending(self, id: Id, column: str | None = None) -> int:
+        """Return what is pending of an id: counted in Redis, not yet claimed by a flush.
+
+        0 when nothing is. One round trip. `FlushJob.value` is what SQL will show in the end.
+        """
+        return (
+            self.transport.call(self.layout.pending(_keys.id_bytes(id), column), self.deadline) or 0
+        )
+
+    def top(self, count: int = 10, column: str | None = None) -> list[tuple[str | bytes, int]]:
+        """Return the ids with the largest pending amounts, hottest first. One round trip."""
+        return drive(self._top(count, column), self.transport, self.deadline)
+
+    def send(self) -> None:
+        """Send what lingers now, and wait for the answer; it stays buffered on an error."""
+        if self._coalescer is not None:
+            self._coalescer.send()
+
+    def close(self) -> None:
+        """Send what lingers and stop; raises when it could not be sent within the deadline."""
+        if self._coalescer is not None:
+            self._coalescer.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+class AsyncBufferedCounter(_Counter):
+    """`BufferedCounter` for asyncio, with the same arguments; `client` is from `redis.asyncio`.
+
+    With `linger`, hits are sent by a task of the running loop; `asyncio.run` lets it send the rest
+    before the loop closes. Safe in many tasks and in event loops one after another, not in several
+    threads at once.
+    """
+
+    def __init__(
+        self,
+        client: Any,
+        name: str,
+        *,
+        columns: Mapping[str, str | Rule] | None = None,
+        partitions: int = 1,
+        prefix: str = "rh",
+        deadline: Seconds = 1.0,
+        linger: Seconds | None = None,
+        max_buffered: int = 100_000,
+        overflow: Literal["raise", "block"] = "raise",
+        on_refused: Callable[[Refused], None] | None = None,
+        on_maybe_applied: Callable[[Items], None] | None = None,
+    ) -> None:
+        super().__init__(name, columns, partitions, prefix, deadline)
+        self.transport = connect_async(client)
+        self._coalescer: AsyncCoalescer | None = None
+        if linger is not None:
+            buffer = self._buffer(max_buffered, on_refused, on_maybe_applied)
+            self._coalescer = AsyncCoalescer(
+                buffer,
+                self.transport,
+                linger=check_linger(linger),
+                deadline=self.deadline,
+                overflow=overflow,
+            )
+            self._finalizer = weakref.finalize(self, self._coalescer.abandon)
+            self._finalizer.atexit = False
+
+    async def incr(self, id: Id, amount: Amount | None = None, **columns: Amount) -> None:
+        """Add to an id, as `BufferedCounter.incr`."""
+        if self._coalescer is None:
+            command = self._hit(id, amount, columns)
+            if command is not None:
+                if not self._defined:
+                    await drive_async(self._define(), self.transport, self.deadline)
+                await self.transport.call(command, self.deadline)
+            return
+        raw = _keys.id_bytes(id)
+        amounts = self._amounts(amount, columns)
+        if any(a is not None for a in amounts):
+            await self._coalescer.add(raw, amounts)
+
+    async def incr_many(self, hits: Amounts) -> None:
+        """Add to many ids, as `BufferedCounter.incr_many`."""
+        items = self._items(hits)
+        if self._coalescer is not None:
+            for raw, amounts in items:
+                await self._coalescer.add(raw, amounts)
+        elif items:
+            await drive_async(self._add_many(items), self.transport, self.deadline)
+
+    async def pending(self, id: Id, column: str | None = None) -> int:
+        """Return what is pending of an id, as `BufferedCounter.pending`."""
+        return (
+            await self.transport.call(
+                self.layout.pending(_keys.id_bytes(id), column), self.deadline
+            )
+            or 0
+        )
+
+    async def top(
+        self, count: int = 10, column: str | None = None
+    ) -> list[tuple[str | bytes, int]]:
+        """Return the ids with the largest pending amounts, hottest first. One round trip."""
+        return await drive_async(self._top(count, column), self.transport, self.deadline)
+
+    async def send(self) -> None:
+        """Send what lingers now, and wait for the answer; it stays buffered on an error."""
+        if self._coalescer is not None:
+            await self._coalescer.send()
+
+    async def aclose(self) -> None:
+        """Send what lingers and stop; raises when it could not be sent within the deadline."""
+        if self._coalescer is not None:
+            await self._coalescer.aclose()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        await self.aclose()

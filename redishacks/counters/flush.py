@@ -1,0 +1,488 @@
+"""`FlushJob`: claim what is pending, write it to SQL chunk by chunk, acknowledge.
+
+One conversation, `_flush`, for sync and async; every step of it may be the last one of a process
+that dies, and every step may be done twice.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import logging
+import random
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from redishacks import _keys
+from redishacks._command import Command, Sleep, Steps, ask, ask_all, call
+from redishacks._drive import drive, drive_async
+from redishacks._sink import AsyncSink, Chunk, ChunkId, Rule, Sink, Status
+from redishacks.counters.buffered import AsyncBufferedCounter, BufferedCounter
+from redishacks.counters.commands import PAGE, Batch, Held, Id, Layout, State
+from redishacks.errors import ServerError, UnavailableError, UsageError
+
+#: How long a run waits for chunks that another transaction holds.
+_PATIENCE = 30.0
+#: How often `value` looks again when flushers claim and apply between its two reads.
+_LOOKS = 100
+
+_log = logging.getLogger("redishacks")
+
+
+class FlushReport(NamedTuple):
+    """What one run did."""
+
+    #: Batches finished and acknowledged.
+    batches: int = 0
+    #: Rows written in the target table.
+    rows: int = 0
+    #: Sum of the amounts of all sum columns in the chunks applied, dead letters included.
+    amount: int = 0
+    #: Batches found that an earlier or another run had claimed.
+    recovered: int = 0
+    #: Chunks that the ledger already had.
+    duplicates_skipped: int = 0
+    #: Amounts that went to the dead letters.
+    dead: int = 0
+    seconds: float = 0.0
+
+
+class BatchStatus(NamedTuple):
+    """A batch in flight."""
+
+    id: str
+    ids: int
+    #: Seconds since its claim.
+    age: float
+
+
+class CounterStatus(NamedTuple):
+    """Where a counter stands; ages in seconds."""
+
+    counter: str
+    pending_ids: int
+    #: Pending sum per sum column, read page by page: exact only while nobody counts.
+    pending_amount: Mapping[str, int]
+    #: Age of the oldest hit that is not in SQL, at most; None without any.
+    oldest: float | None
+    batches: list[BatchStatus]
+    #: Since a batch was last acknowledged; None: never.
+    last_flush: float | None
+    dead: int
+
+
+class _Progress:
+    """The figures of a run while it lasts."""
+
+    def __init__(self) -> None:
+        self.began = time.monotonic()
+        self.batches = self.rows = self.amount = self.recovered = self.duplicates = self.dead = 0
+
+    def report(self) -> FlushReport:
+        """Return them as they stand."""
+        return FlushReport(
+            self.batches,
+            self.rows,
+            self.amount,
+            self.recovered,
+            self.duplicates,
+            self.dead,
+            time.monotonic() - self.began,
+        )
+
+
+class _Job:
+    """What both colours share: the conversations."""
+
+    def __init__(
+        self,
+        layout: Layout,
+        deadline: float,
+        sink: Sink | AsyncSink,
+        chunk: int,
+        on_batch: Callable[[FlushReport], None] | None,
+    ) -> None:
+        if isinstance(chunk, bool) or not isinstance(chunk, int) or not 1 <= chunk <= 100_000:
+            raise UsageError(f"chunk must be an int from 1 to 100,000 ids, not {chunk!r}")
+        self.layout = layout
+        self.sink = sink
+        self._deadline = deadline
+        self._chunk = chunk
+        self._on_batch = on_batch
+        self._stopping = False
+        self._bound = False
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.layout.full_name} to {self.sink.destination()}>"
+
+    def stop(self) -> None:
+        """Let the run in progress finish the batch in hand and end; safe in a signal handler."""
+        self._stopping = True
+
+    # The run
+
+    def _flush(self, time_budget: float | None) -> Steps[FlushReport]:
+        progress = _Progress()
+        # Nothing is claimed before SQL has answered.
+        clock = yield from call(self.sink.begin, self.layout.columns.rules)
+        yield from self._bind()
+        for state in (yield from self._states()):
+            for batch in state.batches:
+                if self._over(progress, time_budget):
+                    return progress.report()
+                progress.recovered += 1
+                clock = yield from self._apply(state.partition, batch, clock, progress, True)
+        for p in range(self.layout.partitions):
+            if self._over(progress, time_budget):
+                return progress.report()
+            claimed = yield from self._claim(p)
+            if claimed is not None:
+                clock = yield from self._apply(p, claimed, clock, progress, False)
+        yield from self._prune()
+        return progress.report()
+
+    def _over(self, progress: _Progress, time_budget: float | None) -> bool:
+        return self._stopping or (
+            time_budget is not None and time.monotonic() - progress.began >= time_budget
+        )
+
+    def _bind(self) -> Steps[None]:
+        if not self._bound:
+            yield from self.layout.agree(self.sink.destination())
+            self._bound = True
+
+    def _states(self) -> Steps[list[State]]:
+        outcomes = yield from ask_all(self.layout.states())
+        return [outcome.result() for outcome in outcomes]
+
+    def _claim(self, p: int) -> Steps[str | None]:
+        """Claim a partition; None when nothing was pending or others were quicker each time."""
+        for _ in range(10):
+            state = yield from ask(self.layout.state(p))
+            if not state.pending_ids:
+                return None
+            size = yield from ask(self.layout.claim(p, state.next, self._chunk))
+            if size >= 0:
+                return state.next if size else None
+        return None
+
+    def _apply(
+        self, p: int, batch_id: str, clock: Any, progress: _Progress, recovered: bool
+    ) -> Steps[Any]:
+        """Bring a batch into the ledger and drop it; return the database's clock."""
+        batch = yield from ask(self.layout.batch(p, batch_id))
+        if batch is None:
+            return clock
+        unknown = [name for name in batch.columns if name not in self.layout.columns.rules]
+        if unknown:
+            raise UsageError(
+                f"a batch of counter {self.layout.full_name} has columns this job does not know: "
+                f"{', '.join(unknown)}"
+            )
+        yield from self._replicated(batch)
+        remaining = list(range(batch.chunks))
+        if recovered:
+            done = yield from call(self.sink.applied, batch.id)
+            remaining = [i for i in remaining if i not in done]
+            # Another flusher may be at the same batch, from the front: keep out of its way.
+            random.shuffle(remaining)
+        patience = time.monotonic() + _PATIENCE
+        busy = 0
+        while remaining:
+            index = remaining.pop(0)
+            chunk = yield from self._read(batch, index, clock)
+            if chunk is None:  # another flusher has finished and dropped the batch
+                return clock
+            verdict = yield from call(self.sink.apply, chunk)
+            if verdict.status is Status.BUSY:
+                remaining.append(index)
+                busy += 1
+                if busy >= len(remaining):  # a whole round of them
+                    if time.monotonic() > patience:
+                        raise UnavailableError(
+                            f"{len(remaining)} chunks of batch {batch.id} stay locked by other "
+                            "transactions; the batch stays claimed and the next run applies it"
+                        )
+                    busy = 0
+                    yield Sleep(random.uniform(0.01, 0.2))
+                continue
+            if verdict.status is Status.STALE:
+                remaining.append(index)
+                clock = yield from call(self.sink.begin, self.layout.columns.rules)
+                continue
+            busy = 0
+            progress.rows += verdict.rows
+            progress.dead += verdict.dead
+            if verdict.status is Status.APPLIED:
+                for rule, values in zip(chunk.rules, chunk.values, strict=True):
+                    if rule is Rule.SUM:
+                        progress.amount += sum(filter(None, values))
+            if verdict.status is Status.DUPLICATE:
+                progress.duplicates += 1
+                done = yield from call(self.sink.applied, batch.id)
+                remaining = [i for i in remaining if i not in done]
+        yield from ask(self.layout.ack(batch))
+        progress.batches += 1
+        _log.info("batch %s of %s: %d ids in SQL", batch.id, self.layout.full_name, batch.size)
+        if self._on_batch is not None:
+            self._on_batch(progress.report())
+        return clock
+
+    def _replicated(self, batch: Batch) -> Steps[None]:
+        """With replicas attached, see that one of them has the claim before SQL does."""
+        try:
+            role = yield from ask(self.layout.role(batch))
+        except ServerError as error:
+            if error.code == "NOPERM":
+                raise
+            return  # a stand-in for Redis that has no ROLE has no replicas either
+        if not role:
+            return
+        outcomes = yield from ask_all(self.layout.wait(batch, int(self._deadline * 500)))
+        if not outcomes[-1].result():
+            raise UnavailableError(
+                f"no replica has confirmed batch {batch.id} in time; it stays claimed and the next "
+                "run applies it"
+            )
+
+    def _read(self, batch: Batch, index: int, clock: Any) -> Steps[Chunk | None]:
+        """Read a chunk whole; None when the batch has been dropped meanwhile."""
+        start = index * batch.chunk
+        stop = min(start + batch.chunk, batch.size)
+        pages = [(at, min(at + PAGE, stop)) for at in range(start, stop, PAGE)]
+        outcomes = yield from ask_all([self.layout.page(batch, *page) for page in pages])
+        ids: list[bytes] = []
+        first: list[int | None] = []
+        for outcome in outcomes:
+            page_ids, amounts = outcome.result()
+            ids += page_ids
+            first += amounts
+        values = [first]
+        for column in batch.columns[1:]:
+            others: list[int | None] = []
+            more: list[Command[list[int | None]]] = [
+                self.layout.more(batch, column, ids[at : at + PAGE])
+                for at in range(0, len(ids), PAGE)
+            ]
+            for amounts_of in (yield from ask_all(more)):
+                others += amounts_of.result()
+            values.append(others)
+        # Dropped in between, a batch reads as short or as empty columns: look at it last.
+        if (yield from ask(self.layout.batch(batch.partition, batch.id))) is None:
+            return None
+        if len(ids) != stop - start:
+            raise ServerError(f"ERR batch {batch.id} has lost ids in Redis")
+        rules = tuple(self.layout.columns.rules[name] for name in batch.columns)
+        return Chunk(
+            self.layout.full_name,
+            batch.id,
+            index,
+            batch.columns,
+            rules,
+            ids,
+            tuple(values),
+            _digest(ids, values),
+            clock,
+        )
+
+    def _prune(self) -> Steps[None]:
+        # What SQL has first, then what Redis still has: a batch in the ledger has been claimed.
+        known = yield from call(self.sink.unsettled, self.layout.full_name)
+        live = {batch for state in (yield from self._states()) for batch in state.batches}
+        yield from call(self.sink.prune, self.layout.full_name, frozenset(known - live))
+
+    # Readers
+
+    def _values(self, id: Id) -> Steps[dict[str, int | None]]:
+        raw = _keys.id_bytes(id)
+        yield from self._bind()
+        columns = self.layout.columns
+        for _ in range(_LOOKS):
+            state = yield from ask(self.layout.state(self.layout.partition(raw)))
+            held: Held | None = yield from ask(self.layout.held(raw, state))
+            if held is None:
+                continue
+            chunks = {ChunkId(b, c): amounts for b, (c, amounts) in held.claimed.items()}
+            reading = yield from call(
+                self.sink.read,
+                self.layout.full_name,
+                columns.rules,
+                raw,
+                list(chunks),
+                [state.next],
+            )
+            if state.next in reading.begun:
+                continue  # what was read as pending is in SQL by now: counted twice
+            total = [reading.row.get(name) for name in columns.names]
+            columns.merge(total, [reading.dead.get(name) for name in columns.names])
+            columns.merge(total, held.pending)
+            for chunk, amounts in chunks.items():
+                if chunk not in reading.applied:
+                    columns.merge(total, amounts)
+            return dict(zip(columns.names, total, strict=True))
+        raise UnavailableError(f"value of {id!r}: flushes went by faster than it could be read")
+
+    def _value(self, id: Id, column: str | None) -> Steps[int]:
+        at = self.layout.columns.index(column)
+        values = yield from self._values(id)
+        return list(values.values())[at] or 0
+
+    def _status(self) -> Steps[CounterStatus]:
+        states = yield from self._states()
+        sums = {n: 0 for n, rule in self.layout.columns.rules.items() if rule is Rule.SUM}
+        batches = []
+        oldest: list[int] = []
+        now = max(state.now for state in states)
+        for state in states:
+            if state.since is not None:
+                oldest.append(state.since)
+            for name in sums:
+                for start in range(0, state.pending_ids, PAGE):
+                    page = yield from ask(
+                        self.layout.pending_page(state.partition, name, start, start + PAGE)
+                    )
+                    sums[name] += sum(filter(None, page[1]))
+            for batch_id, claimed in state.batches.items():
+                batch = yield from ask(self.layout.batch(state.partition, batch_id))
+                if batch is not None:
+                    oldest.append(batch.since)
+                    age = (now - claimed) / 1e6
+                    batches.append(BatchStatus(batch_id, batch.size, age))
+        flushed = [state.flushed for state in states if state.flushed is not None]
+        dead = yield from call(self.sink.dead_count, self.layout.full_name)
+        return CounterStatus(
+            self.layout.full_name,
+            sum(state.pending_ids for state in states),
+            sums,
+            (now - min(oldest)) / 1e6 if oldest else None,
+            batches,
+            (now - max(flushed)) / 1e6 if flushed else None,
+            dead,
+        )
+
+    def _rebind(self) -> Steps[None]:
+        if any(state.batches for state in (yield from self._states())):
+            raise UsageError(
+                f"counter {self.layout.full_name} has batches in flight: flush them to the old "
+                "destination first, whose ledger knows what of them it has"
+            )
+        for outcome in (yield from ask_all(self.layout.forget_destination())):
+            outcome.result()
+        self._bound = False
+
+
+def _digest(ids: list[bytes], values: list[list[int | None]]) -> bytes:
+    """Tell chunks of different content apart. Its form is fixed: old ledger rows are compared."""
+    return hashlib.blake2b(repr((ids, values)).encode(), digest_size=16).digest()
+
+
+class FlushJob(_Job):
+    """Writes what a counter has pending to SQL, each hit exactly once.
+
+    `sink` is a `PostgresSink`, a `SQLiteSink` or your own `redishacks.sinks.Sink`. `chunk` is the
+    number of ids in one SQL transaction. `on_batch` is called with the figures so far after every
+    batch. Any number of jobs may run at once, on any number of machines.
+
+    A counter flushes to one destination, remembered in Redis at the first flush; a job with
+    another table, key or columns raises `UsageError` (see `rebind`).
+
+    Where exactly-once ends: when Redis fails over to a copy that lacks the last writes, hits
+    acknowledged in that gap are lost, and a batch whose claim is undone is claimed anew under
+    another id. With replicas attached a flush therefore waits until one of them has the claim
+    before it writes to SQL. A batch that comes back with other content is never skipped: its
+    chunks go to the dead letters, for you to decide.
+    """
+
+    def __init__(
+        self,
+        counter: BufferedCounter,
+        sink: Sink,
+        *,
+        chunk: int = 20_000,
+        on_batch: Callable[[FlushReport], None] | None = None,
+    ) -> None:
+        if not isinstance(counter, BufferedCounter):
+            raise UsageError(f"FlushJob takes a BufferedCounter, not {type(counter).__name__}")
+        if inspect.iscoroutinefunction(getattr(sink, "apply", None)):
+            raise UsageError(f"{type(sink).__name__} is for AsyncFlushJob")
+        super().__init__(counter.layout, counter.deadline, sink, chunk, on_batch)
+        self._transport = counter.transport
+
+    def run(self, *, time_budget: float | None = None) -> FlushReport:
+        """Finish what earlier runs left, claim what is pending, write it, return the figures.
+
+        With a time budget (seconds) no batch is begun after it. Raises `UnavailableError` when
+        Redis or SQL is away (nothing is lost, the next run goes on), `SchemaError` when the
+        database lacks something, `UsageError` when counter and job do not fit.
+
+        Round trips to Redis: 3 for an idle run, then about 3 per chunk.
+        """
+        self._stopping = False
+        return drive(self._flush(time_budget), self._transport, self._deadline)
+
+    def value(self, id: Id, column: str | None = None) -> int:
+        """Return what SQL will show for an id once all is flushed; 0 for an unknown one.
+
+        SQL + pending + claimed but not yet in the ledger, and dead letters still open. For
+        positive amounts it never goes down and never counts twice while flushers run, between
+        failovers of Redis; hits that still linger in a process are not in it. Ids that are one key
+        in SQL (`1` and `01` of an integer key) are counted apart until flushed. Two round trips to
+        Redis and one statement; more when a flush comes between.
+        """
+        return drive(self._value(id, column), self._transport, self._deadline)
+
+    def values(self, id: Id) -> dict[str, int | None]:
+        """Return `value` for every column; None where nothing was ever counted."""
+        return drive(self._values(id), self._transport, self._deadline)
+
+    def status(self) -> CounterStatus:
+        """Return where the counter stands. Reads all pending amounts, in pages."""
+        return drive(self._status(), self._transport, self._deadline)
+
+    def rebind(self) -> None:
+        """Forget the destination; the next run binds the counter to its own.
+
+        Raises `UsageError` while batches are in flight.
+        """
+        drive(self._rebind(), self._transport, self._deadline)
+
+
+class AsyncFlushJob(_Job):
+    """`FlushJob` for asyncio. A sync sink is called in a thread."""
+
+    def __init__(
+        self,
+        counter: AsyncBufferedCounter,
+        sink: Sink | AsyncSink,
+        *,
+        chunk: int = 20_000,
+        on_batch: Callable[[FlushReport], None] | None = None,
+    ) -> None:
+        if not isinstance(counter, AsyncBufferedCounter):
+            raise UsageError(
+                f"AsyncFlushJob takes an AsyncBufferedCounter, not {type(counter).__name__}"
+            )
+        super().__init__(counter.layout, counter.deadline, sink, chunk, on_batch)
+        self._transport = counter.transport
+
+    async def run(self, *, time_budget: float | None = None) -> FlushReport:
+        """Flush, as `FlushJob.run`."""
+        self._stopping = False
+        return await drive_async(self._flush(time_budget), self._transport, self._deadline)
+
+    async def value(self, id: Id, column: str | None = None) -> int:
+        """Return what SQL will show for an id, as `FlushJob.value`."""
+        return await drive_async(self._value(id, column), self._transport, self._deadline)
+
+    async def values(self, id: Id) -> dict[str, int | None]:
+        """Return `value` for every column, as `FlushJob.values`."""
+        return await drive_async(self._values(id), self._transport, self._deadline)
+
+    async def status(self) -> CounterStatus:
+        """Return where the counter stands, as `FlushJob.status`."""
+        return await drive_async(self._status(), self._transport, self._deadline)
+
+    async def rebind(self) -> None:
+        """Forget the destination, as `FlushJob.rebind`."""
+        await drive_async(self._rebind(), self._transport, self._deadline)

@@ -1,0 +1,49 @@
+-- Claim everything pending in one partition as a batch that never changes again.
+--
+-- EVALSHA sha n meta since next batches batch pending... claimed...
+--         expected following chunk column [column ...]
+-- KEYS[1]    meta: hash; no TTL
+-- KEYS[2]    since: string, µs of the oldest hit; removed, its value goes with the batch
+-- KEYS[3]    next: string, the id this batch gets; replaced by the following one
+-- KEYS[4]    batches: sorted set of batches in flight -> µs of the claim; no TTL
+-- KEYS[5]    batch: hash of this batch: size, chunk, since, columns; no TTL, dropped when acknowledged
+-- KEYS[6..]  the pending sorted set of each column, then the claimed one of each: no TTL.
+--            RENAME takes microseconds at any size
+-- ARGV[1]    the value of next for which the keys were made
+-- ARGV[2]    the value of next to follow
+-- ARGV[3]    ids per chunk, fixed for the life of the batch
+-- ARGV[4..]  names of the columns
+-- Reply: number of ids claimed; 0 nothing was pending; -1 next has changed, look again;
+--        or the name of a column that the counter has and the caller does not know
+
+if redis.call('GET', KEYS[3]) ~= ARGV[1] then
+  return -1
+end
+local known = {}
+local columns = #ARGV - 3
+for c = 1, columns do
+  known['column ' .. ARGV[c + 3]] = true
+end
+for _, field in ipairs(redis.call('HKEYS', KEYS[1])) do
+  if string.sub(field, 1, 7) == 'column ' and not known[field] then
+    return string.sub(field, 8)
+  end
+end
+local size = redis.call('ZCARD', KEYS[6])
+if size == 0 then
+  return 0
+end
+
+local now = redis.call('TIME')
+now = string.format('%d%06d', now[1], now[2])
+redis.call('HSET', KEYS[5], 'size', size, 'chunk', ARGV[3],
+  'since', redis.call('GET', KEYS[2]) or now, 'columns', table.concat(ARGV, '\n', 4))
+redis.call('ZADD', KEYS[4], now, ARGV[1])
+redis.call('SET', KEYS[3], ARGV[2])
+redis.call('DEL', KEYS[2])
+for c = 1, columns do
+  if redis.call('EXISTS', KEYS[5 + c]) == 1 then
+    redis.call('RENAME', KEYS[5 + c], KEYS[5 + columns + c])
+  end
+end
+return size

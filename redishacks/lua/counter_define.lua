@@ -1,0 +1,15 @@
+-- Agree on how a counter is laid out: the first caller decides, later ones must say the same.
+--
+-- EVALSHA sha 1 meta  field value [field value ...]
+-- KEYS[1]  meta: hash, no TTL (it says how to read counts that have none either)
+-- Reply: {} all fields agree or were new and are stored; {field, stored} the first that differs,
+--        and nothing was stored
+
+for i = 1, #ARGV, 2 do
+  local stored = redis.call('HGET', KEYS[1], ARGV[i])
+  if stored and stored ~= ARGV[i + 1] then
+    return {ARGV[i], stored}
+  end
+end
+redis.call('HSET', KEYS[1], unpack(ARGV))
+return {}

@@ -1,0 +1,1 @@
+"""Private servers and a fault-injecting proxy for tests."""
