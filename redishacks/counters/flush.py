@@ -1,6 +1,6 @@
 """`FlushJob`: claim what is pending, write it to SQL chunk by chunk, acknowledge.
 
-One conversation, `_flush`, for sync and async; every step of it may be the last one of a process
+One conversation, `flush_steps`, for sync and async; every step of it may be the last one of a process
 that dies, and every step may be done twice.
 """
 
@@ -122,7 +122,8 @@ class _Job:
 
     # The run
 
-    def _flush(self, time_budget: float | None) -> Steps[FlushReport]:
+    def flush_steps(self, time_budget: float | None = None) -> Steps[FlushReport]:
+        """One run, as steps for a driver: any of them may be the last, or happen twice."""
         progress = _Progress()
         # Nothing is claimed before SQL has answered.
         clock = yield from call(self.sink.begin, self.layout.columns.rules)
@@ -294,7 +295,8 @@ class _Job:
 
     # Readers
 
-    def _values(self, id: Id) -> Steps[dict[str, int | None]]:
+    def value_steps(self, id: Id) -> Steps[dict[str, int | None]]:
+        """Read one id's columns, as steps for a driver; flushes may go on between them."""
         raw = _keys.id_bytes(id)
         yield from self._bind()
         columns = self.layout.columns
@@ -325,7 +327,7 @@ class _Job:
 
     def _value(self, id: Id, column: str | None) -> Steps[int]:
         at = self.layout.columns.index(column)
-        values = yield from self._values(id)
+        values = yield from self.value_steps(id)
         return list(values.values())[at] or 0
 
     def _status(self) -> Steps[CounterStatus]:
@@ -419,7 +421,7 @@ class FlushJob(_Job):
         Round trips to Redis: 3 for an idle run, then about 3 per chunk.
         """
         self._stopping = False
-        return drive(self._flush(time_budget), self._transport, self._deadline)
+        return drive(self.flush_steps(time_budget), self._transport, self._deadline)
 
     def value(self, id: Id, column: str | None = None) -> int:
         """Return what SQL will show for an id once all is flushed; 0 for an unknown one.
@@ -434,7 +436,7 @@ class FlushJob(_Job):
 
     def values(self, id: Id) -> dict[str, int | None]:
         """Return `value` for every column; None where nothing was ever counted."""
-        return drive(self._values(id), self._transport, self._deadline)
+        return drive(self.value_steps(id), self._transport, self._deadline)
 
     def status(self) -> CounterStatus:
         """Return where the counter stands. Reads all pending amounts, in pages."""
@@ -469,7 +471,7 @@ class AsyncFlushJob(_Job):
     async def run(self, *, time_budget: float | None = None) -> FlushReport:
         """Flush, as `FlushJob.run`."""
         self._stopping = False
-        return await drive_async(self._flush(time_budget), self._transport, self._deadline)
+        return await drive_async(self.flush_steps(time_budget), self._transport, self._deadline)
 
     async def value(self, id: Id, column: str | None = None) -> int:
         """Return what SQL will show for an id, as `FlushJob.value`."""
@@ -477,7 +479,7 @@ class AsyncFlushJob(_Job):
 
     async def values(self, id: Id) -> dict[str, int | None]:
         """Return `value` for every column, as `FlushJob.values`."""
-        return await drive_async(self._values(id), self._transport, self._deadline)
+        return await drive_async(self.value_steps(id), self._transport, self._deadline)
 
     async def status(self) -> CounterStatus:
         """Return where the counter stands, as `FlushJob.status`."""

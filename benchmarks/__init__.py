@@ -1,0 +1,1 @@
+"""Side by side with peers, in one run, interleaved: `python -m benchmarks [name ...]`."""

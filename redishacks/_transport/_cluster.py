@@ -1,0 +1,111 @@
+"""Which node of a Redis Cluster serves which slot: a map as a value, without I/O.
+
+The map comes from `CLUSTER SLOTS`, one slot at a time from MOVED replies, and is asked for again
+when a node cannot be reached or the cluster says that it is in trouble.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from redishacks._command import Command
+from redishacks._slots import SLOTS, key_slot
+from redishacks._transport._wire import Address
+from redishacks.errors import CrossNodeError
+
+Remap = Callable[[Address], Address]
+
+#: Asks a node for the map.
+QUESTION: Command[Any] = Command((b"CLUSTER", b"SLOTS"), repeatable=True)
+
+#: Seconds between two readings of the map, however many threads find it out of date.
+PATIENCE = 0.1
+
+
+class SlotMap:
+    """The primaries of a cluster by slot."""
+
+    def __init__(self, startup: Sequence[Address], remap: Remap | None = None) -> None:
+        self._startup = tuple(startup)
+        self._remap = remap
+        self._by_slot: list[Address | None] = [None] * SLOTS
+        self._primaries: tuple[Address, ...] = ()
+        self._others: tuple[Address, ...] = ()
+        self._read_at = float("-inf")
+
+    @property
+    def known(self) -> bool:
+        """Whether any map has been read."""
+        return bool(self._primaries)
+
+    def route(self, keys: Sequence[bytes], avoid: Address | None = None) -> Address:
+        """Return the node for a command; without keys any primary but the one to avoid.
+
+        Raises `CrossNodeError` when the keys are of different slots.
+        """
+        if not keys:
+            others = [node for node in self._primaries if node != avoid]
+            return random.choice(others or self._primaries)
+        slot = key_slot(keys[0])
+        for key in keys[1:]:
+            if key_slot(key) != slot:
+                raise CrossNodeError(
+                    f"keys of one command must share a slot: {keys[0]!r} and {key!r} do not"
+                )
+        # A slot that nobody serves: any primary says CLUSTERDOWN, which is then waited out.
+        return self._by_slot[slot] or random.choice(self._primaries)
+
+    def due(self, now: float) -> bool:
+        """Whether it is time to read the map again; true for one caller in every `PATIENCE`."""
+        if now - self._read_at < PATIENCE:
+            return False
+        self._read_at = now
+        return True
+
+    def candidates(self, avoid: Address | None = None) -> list[Address]:
+        """Return whom to ask for the map: known primaries, replicas, then the startup nodes."""
+        primaries = random.sample(self._primaries, len(self._primaries))
+        found = dict.fromkeys((*primaries, *self._others, *self._startup))
+        return sorted(found, key=lambda node: node == avoid)
+
+    def moved(self, slot: int, to: Address) -> None:
+        """Note one slot's new node, as a MOVED reply names it."""
+        to = self.place(to)
+        self._by_slot[slot] = to
+        if to not in self._primaries:
+            self._primaries = (*self._primaries, to)
+
+    def place(self, address: Address) -> Address:
+        """Translate an address that the cluster gave to one that can be reached from here."""
+        return self._remap(address) if self._remap else address
+
+    def load(self, reply: Any, asked: Address) -> None:
+        """Take over the reply to `CLUSTER SLOTS`; a node without a host is the one asked."""
+        by_slot: list[Address | None] = [None] * SLOTS
+        primaries: dict[Address, None] = {}
+        others: dict[Address, None] = {}
+        for first, last, primary, *replicas in reply:
+            node = self._read(primary, asked)
+            if node is None:
+                continue
+            by_slot[first : last + 1] = [node] * (last + 1 - first)
+            primaries[node] = None
+            for replica in replicas:
+                other = self._read(replica, asked)
+                if other is not None:
+                    others[other] = None
+        if primaries:
+            self._by_slot = by_slot
+            self._primaries, self._others = tuple(primaries), tuple(others)
+
+    def nodes(self) -> frozenset[Address]:
+        """Return every node that the map names."""
+        return frozenset((*self._primaries, *self._others, *self._startup))
+
+    def _read(self, entry: Any, asked: Address) -> Address | None:
+        host = entry[0].decode() if entry[0] else ""
+        if host == "?":  # the node does not know its own host name
+            return None
+        return self.place((host or asked[0], int(entry[1])))

@@ -1,0 +1,51 @@
+"""The transports of this process: one per client or URL, and what a fork does to them."""
+
+from __future__ import annotations
+
+import os
+import threading
+import weakref
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from redishacks._transport import _sync
+from redishacks._transport._async import AsyncTransport
+from redishacks._transport._sync import SyncTransport
+
+Either = TypeVar("Either", SyncTransport, AsyncTransport)
+
+
+class Registry:
+    """Transports by client or URL; it keeps neither the client nor an unused transport alive."""
+
+    def __init__(self) -> None:
+        self._by_client: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
+        self._by_url: weakref.WeakValueDictionary[Any, Any] = weakref.WeakValueDictionary()
+        self._all: weakref.WeakSet[SyncTransport | AsyncTransport] = weakref.WeakSet()
+        # Re-entrant: a signal handler may connect while its thread is in here.
+        self._lock = threading.RLock()
+        self._watching_forks = False
+
+    def get(self, client: Any, kind: type[Either], make: Callable[[], Either]) -> Either:
+        """Return the transport of a client or URL, made on first use."""
+        with self._lock:
+            if not self._watching_forks:
+                os.register_at_fork(after_in_child=self._forked)
+                self._watching_forks = True
+            known: Any = self._by_url if isinstance(client, str) else self._by_client
+            key = (client, kind) if isinstance(client, str) else client
+            found: Either | None = known.get(key)
+            if found is None:
+                found = known[key] = make()
+                self._all.add(found)
+            return found
+
+    def _forked(self) -> None:
+        # Another thread of the parent may have held the lock.
+        self._lock = threading.RLock()
+        _sync.Main.ident = threading.main_thread().ident
+        for transport in list(self._all):
+            transport.abandon()
+
+
+registry = Registry()

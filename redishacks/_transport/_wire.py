@@ -1,0 +1,85 @@
+"""Bytes on the wire: commands packed, replies parsed, the handshake of a new connection."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import hiredis
+
+from redishacks._command import Command
+from redishacks.errors import UsageError
+
+#: What `Reader.gets` gives when no whole reply is there; not False, which RESP3 knows as a value.
+MISSING = object()
+
+Words = tuple[Any, ...]
+
+#: Host and port; a unix socket's path and 0; a Sentinel's service name and -1.
+Address = tuple[str, int]
+
+ASKING = hiredis.pack_command((b"ASKING",))
+PING = hiredis.pack_command((b"PING",))
+
+
+def new_reader() -> hiredis.Reader:
+    """Make a parser for one connection: bytes as they come, error replies as values."""
+    return hiredis.Reader(notEnoughData=MISSING)
+
+
+def words(command: Command[Any], whole: bool = False) -> Words:
+    """Return what goes on the wire; `whole` sends a script's source instead of its hash."""
+    script = command.script
+    if script is None:
+        return command.args
+    head = (b"EVAL", script.source) if whole else (b"EVALSHA", script.sha)
+    return (*head, len(command.keys), *command.keys, *command.args)
+
+
+def pack(command: Command[Any], whole: bool = False) -> bytes:
+    """Encode a command; `str` is UTF-8."""
+    try:
+        packed: bytes = hiredis.pack_command(words(command, whole))
+    except (TypeError, UnicodeEncodeError):
+        raise UsageError(f"{name(command)}: arguments must be bytes, str, int or float") from None
+    return packed
+
+
+def name(command: Command[Any]) -> str:
+    """Name a command for messages; never its arguments, which may be secrets."""
+    if command.script is not None:
+        return command.script.name
+    first = command.args[0]
+    return first.decode("ascii", "replace") if isinstance(first, bytes) else str(first)
+
+
+def handshake(
+    protocol: int, credentials: Sequence[str], client_name: str | None, db: int
+) -> list[Words]:
+    """Return what a new connection says first; credentials are (), (password,) or (user, password).
+
+    Nothing at all for RESP2 without password, name or database number.
+    """
+    opening: list[Words] = []
+    if protocol == 3:
+        user = ("default", *credentials)[-2:] if credentials else ()
+        opening.append(("HELLO", 3, "AUTH", *user) if user else ("HELLO", 3))
+    elif credentials:
+        opening.append(("AUTH", *credentials))
+    if client_name:
+        opening.append(("CLIENT", "SETNAME", client_name))
+    if db:
+        opening.append(("SELECT", db))
+    return opening
+
+
+def parse_address(text: str, asked: Address) -> Address:
+    """Read the `host:port` of a redirection; without a host it means the node that was asked."""
+    host, _, port = text.rpartition(":")
+    return host or asked[0], int(port)
+
+
+def show(node: Address) -> str:
+    """Write a node for messages."""
+    host, port = node
+    return f"{host}:{port}" if port > 0 else host

@@ -1,0 +1,59 @@
+"""What every test may use: short names for the servers, a key prefix of its own, both flavours."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Iterator
+
+import pytest
+
+from redishacks.testing import FaultProxy, Postgres, Server, servers_available
+
+
+def pytest_report_header() -> list[str]:
+    """Say which server programs the tests run on."""
+    return [f"server: {binary.kind} ({binary.path})" for binary in servers_available()]
+
+
+@pytest.fixture(scope="session")
+def valkey(redishacks_valkey: Server) -> Server:
+    """The session's Valkey; a test that stops, kills or reconfigures one starts its own."""
+    return redishacks_valkey
+
+
+@pytest.fixture(scope="session")
+def redis62(redishacks_redis: Server) -> Server:
+    """The session's Redis 6.2, the oldest server that is supported."""
+    return redishacks_redis
+
+
+@pytest.fixture(scope="session")
+def postgres(redishacks_postgres: Postgres) -> Postgres:
+    """The session's PostgreSQL."""
+    return redishacks_postgres
+
+
+@pytest.fixture
+def pg_dsn(postgres: Postgres) -> Iterator[str]:
+    """The DSN of a fresh database."""
+    with postgres.database() as dsn:
+        yield dsn
+
+
+@pytest.fixture
+def proxy(redishacks_proxy: FaultProxy) -> FaultProxy:
+    """A proxy in front of the session's Valkey."""
+    return redishacks_proxy
+
+
+@pytest.fixture
+def prefix() -> str:
+    """A key prefix that no other test has."""
+    return f"rh-{secrets.token_hex(4)}"
+
+
+@pytest.fixture(params=["sync", "async"])
+def flavour(request: pytest.FixtureRequest) -> str:
+    """Run a behaviour once in sync and once in async code."""
+    flavour: str = request.param
+    return flavour

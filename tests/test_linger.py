@@ -1,0 +1,452 @@
+"""Coalescing in the process: nothing lost, nothing doubled, and said when it cannot be sent."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import redis
+
+from redishacks.counters import AsyncBufferedCounter, BufferedCounter
+from redishacks.errors import UnavailableError, UsageError
+from redishacks.testing import FaultProxy, valkey_server
+from tests.helpers import Colour, eventually
+
+
+@pytest.fixture(params=["sync", "async"])
+def colour(request: pytest.FixtureRequest) -> Iterator[Colour]:
+    """Both colours, with one test body."""
+    made = Colour(request.param)
+    yield made
+    made.close()
+
+
+def total(url: str, prefix: str, column: str = "amount", name: str = "hits") -> int:
+    """Return the sum of all pending amounts."""
+    with redis.Redis.from_url(url) as raw:
+        pairs: Any = raw.zrange(f"{prefix}:c1:{{{name}/0}}:p:{column}", 0, -1, withscores=True)
+        return int(sum(score for _, score in pairs))
+
+
+def test_hits_are_merged_and_sent(colour: Colour, valkey: Any, prefix: str) -> None:
+    """Hits arrive by themselves within the linger time, merged by id and rule."""
+    hits = colour.counter(
+        colour.client(valkey.url),
+        "hits",
+        prefix=prefix,
+        linger=0.05,
+        columns={"amount": "sum", "seen": "max", "low": "min"},
+    )
+    for i in range(10):
+        hits.incr("/a")
+        hits.incr("/a", 2, seen=i, low=-i)
+        hits.incr("/é")
+        hits.incr_many({"/a": {"amount": 1}, b"/a": {"amount": 1}})
+    colour.sleep(0.1)
+    eventually(lambda: colour.sleep(0.02) or total(valkey.url, prefix) == 60)
+    assert hits.pending("/a") == 50
+    assert hits.pending("/a", "seen") == 9
+    assert hits.pending("/a", "low") == -9
+    hits.close()
+    with pytest.raises(UsageError, match="closed"):
+        hits.incr("/a")
+    assert total(valkey.url, prefix) == 60
+
+
+def test_close_and_with_send_at_once(valkey: Any, prefix: str) -> None:
+    """What is buffered is in Redis when close(), send() or the end of a with has returned."""
+    with BufferedCounter(valkey.url, "hits", prefix=prefix, linger=60) as hits:
+        hits.incr("/a")
+        hits.send()
+        assert hits.pending("/a") == 1
+        hits.incr("/a")
+        assert hits.pending("/a") == 1
+    assert hits.pending("/a") == 2
+
+    async def main() -> None:
+        async with AsyncBufferedCounter(valkey.url, "hits", prefix=prefix, linger=60) as counter:
+            await counter.incr("/a")
+        assert await counter.pending("/a") == 3
+
+    asyncio.run(main())
+
+
+def test_threads_lose_nothing(valkey: Any, prefix: str) -> None:
+    """Eight threads at full speed with sends going on: every hit counts once."""
+    with BufferedCounter(valkey.url, "hits", prefix=prefix, linger=0.001) as hits:
+
+        def work(n: int) -> None:
+            for i in range(20_000):
+                hits.incr(f"/{i % 100}")
+                if i % 10 == 0:
+                    hits.incr(f"/{n}", 2)
+
+        threads = [threading.Thread(target=work, args=(n,)) for n in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert total(valkey.url, prefix) == 8 * 20_000 + 8 * 2_000 * 2
+
+
+def test_a_hit_during_close_is_sent_or_refused(valkey: Any, prefix: str) -> None:
+    """Threads that count while another closes: what incr() accepted is in Redis."""
+    for _ in range(20):
+        hits = BufferedCounter(valkey.url, "hits", prefix=prefix, linger=60)
+        accepted = [0] * 4
+        before = total(valkey.url, prefix)
+
+        def work(n: int, hits: BufferedCounter = hits, accepted: list[int] = accepted) -> None:
+            try:
+                while True:
+                    hits.incr("/a") if n % 2 else hits.incr("/a", 1)
+                    accepted[n] += 1
+            except UsageError:
+                pass
+
+        threads = [threading.Thread(target=work, args=(n,)) for n in range(4)]
+        for thread in threads:
+            thread.start()
+        eventually(lambda accepted=accepted: all(accepted))
+        hits.close()
+        for thread in threads:
+            thread.join()
+        assert total(valkey.url, prefix) - before == sum(accepted)
+
+
+def test_a_lost_reply_counts_once(colour: Colour, valkey: Any, prefix: str) -> None:
+    """A send whose reply is lost, again and again, is repeated and counts once."""
+    with FaultProxy(valkey) as proxy:
+        hits = colour.counter(colour.client(proxy.url), "hits", prefix=prefix, linger=60)
+        hits.incr("/warm")
+        hits.send()
+        for n in range(5):
+            proxy.drop_reply()
+            for _ in range(3):
+                hits.incr("/a")
+            colour.sleep(0)
+            for _ in range(20):
+                try:
+                    hits.send()
+                except Exception:
+                    continue
+                break
+            assert total(valkey.url, prefix) == 1 + 3 * (n + 1)
+        hits.close()
+    assert total(valkey.url, prefix) == 16
+
+
+def test_a_full_buffer_says_so(colour: Colour, prefix: str) -> None:
+    """With Redis away a full buffer refuses the hit; what it accepted arrives later, once."""
+    with valkey_server() as server:
+        hits = colour.counter(
+            colour.client(server.url),
+            "hits",
+            prefix=prefix,
+            linger=0.02,
+            max_buffered=50,
+            deadline=0.3,
+        )
+        hits.incr("/0")
+        hits.send()
+        accepted = 1
+        with server.paused():
+            refused = 0
+            for i in range(200):
+                try:
+                    hits.incr(f"/{i}")
+                    accepted += 1
+                except UnavailableError as error:
+                    refused += 1
+                    assert "50 ids are buffered" in str(error)
+                    if refused == 5:
+                        break
+                colour.sleep(0)
+            assert refused == 5
+            assert accepted <= 51
+        eventually(lambda: colour.sleep(0.01) or total(server.url, prefix) == accepted)
+        hits.incr("/again")
+        hits.close()
+        assert total(server.url, prefix) == accepted + 1
+
+
+def test_blocking_overflow_waits(prefix: str) -> None:
+    """overflow="block" waits up to the deadline for room instead of raising at once."""
+    with valkey_server() as server:
+        hits = BufferedCounter(
+            server.url,
+            "hits",
+            prefix=prefix,
+            linger=0.01,
+            max_buffered=10,
+            overflow="block",
+            deadline=5,
+        )
+        hits.incr("/0")
+        hits.send()
+        with server.paused():
+            for i in range(10):
+                hits.incr(f"/{i}")
+            done = threading.Event()
+
+            def more() -> None:
+                hits.incr("/more")
+                done.set()
+
+            thread = threading.Thread(target=more)
+            thread.start()
+            assert not done.wait(0.2)
+        thread.join(10)
+        assert done.is_set()
+        hits.close()
+        assert total(server.url, prefix) == 12
+
+
+def test_a_refused_hit_does_not_block_the_rest(
+    colour: Colour, valkey: Any, prefix: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A sum that would pass 2^53 is reported; all others of its part arrive."""
+    told: list[Any] = []
+    hits = colour.counter(
+        colour.client(valkey.url), "hits", prefix=prefix, linger=60, on_refused=told.append
+    )
+    hits.incr("full", 2**53)
+    hits.send()
+    hits.incr("full", 5)
+    hits.incr_many({f"/{i}": 1 for i in range(10)})
+    hits.close()
+    assert [(r.id, r.amounts) for r in told] == [(b"full", [5])]
+    assert "2^53" in caplog.text
+    assert total(valkey.url, prefix) == 2**53 + 10
+
+
+def test_a_counter_laid_out_otherwise_is_refused(valkey: Any, prefix: str) -> None:
+    """A lingering counter that disagrees with the stored layout tells its callers."""
+    BufferedCounter(valkey.url, "hits", prefix=prefix).incr("/a")
+    hits = BufferedCounter(valkey.url, "hits", prefix=prefix, linger=0.01, partitions=2)
+    hits.incr("/a")
+
+    def told() -> bool:
+        try:
+            hits.incr("/a")
+        except UsageError as error:
+            return "in use with partitions = 1" in str(error)
+        return False
+
+    eventually(told)
+    with pytest.raises(UsageError):
+        hits.close()
+    hits._coalescer.buffer.reset()  # type: ignore[union-attr]
+
+
+def test_garbage_is_sent(valkey: Any, prefix: str) -> None:
+    """A counter that nobody holds any more sends what it has, and its thread ends."""
+    hits = BufferedCounter(valkey.url, "hits", prefix=prefix, linger=0.05)
+    hits.incr("/a")
+    before = threading.active_count()
+    del hits
+    gc.collect()
+    eventually(lambda: total(valkey.url, prefix) == 1)
+    eventually(lambda: threading.active_count() < before)
+
+
+def test_loops_one_after_another(valkey: Any, prefix: str) -> None:
+    """Hits of a loop that ended are sent by it, or by the next one, without an aclose()."""
+    counter = AsyncBufferedCounter(valkey.url, "hits", prefix=prefix, linger=30)
+
+    async def main() -> None:
+        await asyncio.gather(*(counter.incr(f"/{i}") for i in range(50)))
+
+    for n in range(3):
+        asyncio.run(main())
+        assert total(valkey.url, prefix) == 50 * (n + 1)
+
+
+def run(code: str, *args: str) -> subprocess.CompletedProcess[str]:
+    """Run a program that uses the library."""
+    return subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code), *args],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize(
+    "ending",
+    ["pass", "raise SystemExit(3)", "1 / 0", "import signal; signal.raise_signal(signal.SIGINT)"],
+)
+def test_the_rest_is_sent_at_interpreter_exit(valkey: Any, prefix: str, ending: str) -> None:
+    """Whichever way a process ends in good order, its hits arrive, sync and async."""
+    done = run(
+        f"""
+        import asyncio, sys
+        from redishacks.counters import AsyncBufferedCounter, BufferedCounter
+        hits = BufferedCounter(sys.argv[1], "hits", prefix=sys.argv[2], linger=60)
+        hits.incr("/a")
+        other = AsyncBufferedCounter(sys.argv[1], "hits", prefix=sys.argv[2], linger=60)
+        loop = asyncio.new_event_loop()
+        loop.run_until_complete(other.incr("/a"))
+        loop.close()
+        {ending}
+        """,
+        valkey.url,
+        prefix,
+    )
+    assert total(valkey.url, prefix) == 2, done.stderr
+
+
+def test_multiprocessing_children_send(valkey: Any, prefix: str) -> None:
+    """Children of multiprocessing, forked or spawned, send before they end."""
+    done = run(
+        """
+        import multiprocessing as mp, sys, os
+        from redishacks.counters import BufferedCounter
+        hits = None
+        def child(url, prefix):
+            global hits
+            if hits is None:
+                hits = BufferedCounter(url, "hits", prefix=prefix, linger=60)
+            hits.incr("/child")
+        if __name__ == "__main__":
+            hits = BufferedCounter(sys.argv[1], "hits", prefix=sys.argv[2], linger=60)
+            hits.incr("/parent")
+            ctx = mp.get_context("fork")
+            for _ in range(3):
+                process = ctx.Process(target=child, args=sys.argv[1:])
+                process.start()
+                process.join()
+        """,
+        valkey.url,
+        prefix,
+    )
+    assert done.returncode == 0, done.stderr
+    assert total(valkey.url, prefix) == 4
+
+
+def test_a_forked_child_starts_empty(valkey: Any, prefix: str) -> None:
+    """Parent and child each send their own hits, and the parent's are not sent twice."""
+    done = run(
+        """
+        import os, sys
+        from redishacks.counters import BufferedCounter
+        hits = BufferedCounter(sys.argv[1], "hits", prefix=sys.argv[2], linger=0.02)
+        for i in range(1000):
+            hits.incr(f"/{i}")
+        children = []
+        for n in range(5):
+            hits.incr("/before")
+            pid = os.fork()
+            if pid == 0:
+                for i in range(100):
+                    hits.incr("/child")
+                hits.close()
+                os._exit(0)
+            children.append(pid)
+            hits.incr("/after")
+        hits.close()
+        assert all(os.waitpid(pid, 0)[1] == 0 for pid in children)
+        """,
+        valkey.url,
+        prefix,
+    )
+    assert done.returncode == 0, done.stderr
+    with BufferedCounter(valkey.url, "hits", prefix=prefix) as hits:
+        assert hits.pending("/child") == 500
+        assert hits.pending("/before") == hits.pending("/after") == 5
+        assert total(valkey.url, prefix) == 1510
+
+
+def test_signal_handlers_may_count(valkey: Any, prefix: str) -> None:
+    """A handler that counts in the middle of counting and sending: nothing lost, no deadlock."""
+    done = run(
+        """
+        import signal, sys, time
+        from redishacks.counters import BufferedCounter
+        hits = BufferedCounter(sys.argv[1], "hits", prefix=sys.argv[2], linger=0.001)
+        handled = 0
+        def handler(*_):
+            global handled
+            handled += 1
+            hits.incr("/signal")
+            hits.incr("/signal", 1)
+        signal.signal(signal.SIGALRM, handler)
+        signal.setitimer(signal.ITIMER_REAL, 0.0005, 0.0005)
+        end = time.monotonic() + 2
+        counted = 0
+        while time.monotonic() < end:
+            for i in range(100):
+                hits.incr("/main")
+            counted += 100
+            if counted % 5000 == 0:
+                hits.send()
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        hits.close()
+        print(counted, handled)
+        """,
+        valkey.url,
+        prefix,
+    )
+    assert done.returncode == 0, done.stderr
+    counted, handled = map(int, done.stdout.split())
+    assert handled > 100
+    with BufferedCounter(valkey.url, "hits", prefix=prefix) as hits:
+        assert hits.pending("/main") == counted
+        assert hits.pending("/signal") == 2 * handled
+
+
+def test_sigkill_loses_only_what_was_not_sent(valkey: Any, prefix: str) -> None:
+    """After a SIGKILL Redis holds every hit that was older than the linger time."""
+    process = subprocess.Popen(
+        [
+            sys.executable,
+            "-c",
+            "import sys, time\n"
+            "from redishacks.counters import BufferedCounter\n"
+            "hits = BufferedCounter(sys.argv[1], 'hits', prefix=sys.argv[2], linger=0.05)\n"
+            "n = 0\n"
+            "while True:\n"
+            "    hits.incr('/a'); n += 1; print(n, time.monotonic(), flush=True)\n"
+            "    time.sleep(0.001)\n",
+            valkey.url,
+            prefix,
+        ],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        eventually(lambda: total(valkey.url, prefix) > 20)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        killed = time.monotonic()
+        out, _ = process.communicate()
+    printed = [line.split() for line in out.splitlines() if line.count(" ") == 1]
+    long_before = (
+        max(int(n) for n, at in printed if float(at) < killed - 1.0)
+        if any(float(at) < killed - 1.0 for _, at in printed)
+        else 0
+    )
+    assert long_before <= total(valkey.url, prefix) <= len(out.splitlines()) + 1
+
+
+def test_memory_is_bounded_in_a_burst(valkey: Any, prefix: str) -> None:
+    """A burst of more ids than the buffer holds is waited for while Redis answers, not refused."""
+    with BufferedCounter(valkey.url, "hits", prefix=prefix, linger=10, max_buffered=1_000) as hits:
+        for i in range(20_000):
+            hits.incr(f"/{i}")
+            if i % 1000 == 0:
+                assert hits._coalescer is not None
+                assert hits._coalescer.buffer.held() <= 1_000
+    assert total(valkey.url, prefix) == 20_000
+    assert os.getpid() > 0
