@@ -428,6 +428,8 @@ class AsyncCoalescer:
         if self.buffer.tight() or self.loop is not asyncio.get_running_loop():
             await self.make_room()
         self.buffer.others.append((raw, amounts))
+        if self.closed:  # while waiting for room: nobody else would send it
+            await self.aclose()
 
     async def make_room(self) -> None:
         """Make sure of a sender on this loop and of room, or raise `UnavailableError`."""

@@ -155,3 +155,53 @@ class Sink(Protocol):
 
     def close(self) -> None:
         """Close what the sink opened itself."""
+
+
+class AsyncSink(Protocol):
+    """`Sink` for asyncio; `destination` and `ddl`, which do no I/O, stay as they are."""
+
+    def destination(self) -> str:
+        """Name the target without secrets."""
+
+    def ddl(self) -> str:
+        """Return the SQL that makes the ledger and the dead-letter table."""
+
+    async def create_ledger(self) -> None:
+        """Make both tables unless they exist."""
+
+    async def begin(self, columns: Mapping[str, Rule]) -> Any:
+        """Connect and check; return the database's clock."""
+
+    async def apply(self, chunk: Chunk) -> Applied:
+        """Write a chunk and its ledger row in one transaction."""
+
+    async def applied(self, batch: str) -> frozenset[int]:
+        """Return which chunks of a batch are in the ledger."""
+
+    async def read(
+        self,
+        counter: str,
+        columns: Mapping[str, Rule],
+        id: bytes,
+        chunks: Sequence[ChunkId],
+        batches: Sequence[str],
+    ) -> Reading:
+        """Read one id's row, dead letters and ledger entries in one snapshot."""
+
+    async def unsettled(self, counter: str) -> frozenset[str]:
+        """Return the batches in the ledger that are not marked as gone from Redis."""
+
+    async def prune(self, counter: str, gone: frozenset[str]) -> int:
+        """Mark batches as gone, delete rows marked over 7 days ago."""
+
+    async def dead(self, counter: str | None = None, limit: int = 100) -> list[DeadLetter]:
+        """Return open dead letters, oldest first."""
+
+    async def dead_count(self, counter: str) -> int:
+        """Return how many open dead letters a counter has."""
+
+    async def retry(self, counter: str, columns: Mapping[str, Rule]) -> Retried:
+        """Apply a counter's open dead letters again."""
+
+    async def aclose(self) -> None:
+        """Close what the sink opened itself."""

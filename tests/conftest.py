@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from redishacks.testing import FaultProxy, Postgres, Server, servers_available
+from redishacks.testing import Cluster, FaultProxy, Postgres, Server, servers_available
 
 
 def pytest_report_header() -> list[str]:
@@ -25,6 +25,12 @@ def valkey(redishacks_valkey: Server) -> Server:
 def redis62(redishacks_redis: Server) -> Server:
     """The session's Redis 6.2, the oldest server that is supported."""
     return redishacks_redis
+
+
+@pytest.fixture(scope="session")
+def cluster(redishacks_cluster: Cluster) -> Cluster:
+    """The session's cluster of three primaries."""
+    return redishacks_cluster
 
 
 @pytest.fixture(scope="session")

@@ -50,21 +50,24 @@ def connect(client: Any, on_command: Hook | None = None) -> _drive.Transport:
     command said through this very result. Raises `UsageError` for a client of `redis.asyncio` and
     for anything that is no client.
     """
-    transport = registry.get(client, SyncTransport, lambda: SyncTransport(*_read(client, False)))
+    settings, slots = _read(client, asynchronous=False)
+    transport = registry.get(client, SyncTransport, lambda: SyncTransport(settings, slots))
     return transport if on_command is None else Observed(transport, on_command)
 
 
 def connect_async(client: Any, on_command: Hook | None = None) -> _drive.AsyncTransport:
     """Return the transport for a `redis.asyncio` client or a URL; it serves every event loop."""
-    transport = registry.get(client, AsyncTransport, lambda: AsyncTransport(*_read(client, True)))
+    settings, slots = _read(client, asynchronous=True)
+    transport = registry.get(client, AsyncTransport, lambda: AsyncTransport(settings, slots))
     return transport if on_command is None else AsyncObserved(transport, on_command)
 
 
-def _read(client: Any, asynchronous: bool) -> tuple[Settings, SlotMap | None]:
+def _read(client: Any, *, asynchronous: bool) -> tuple[Settings, SlotMap | None]:
     if isinstance(client, str):
         return _settings.from_url(client), None
     if isinstance(client, redis.RedisCluster | redis.asyncio.RedisCluster):
-        _check_colour(client, asynchronous, isinstance(client, redis.asyncio.RedisCluster))
+        is_async = isinstance(client, redis.asyncio.RedisCluster)
+        _check_colour(client, asynchronous, is_async)
         return _settings.from_cluster(client)
     pool = getattr(client, "connection_pool", None)
     kind = getattr(pool, "connection_class", None)

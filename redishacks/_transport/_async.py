@@ -36,6 +36,7 @@ from redishacks._transport._decide import (
     Unreachable,
     opened,
 )
+from redishacks._transport._foreign import ForeignNode
 from redishacks._transport._settings import Settings
 from redishacks._transport._socket import (
     BACKLOG_PAUSE,
@@ -95,6 +96,7 @@ class Link:
     def __init__(
         self, loop: asyncio.AbstractEventLoop, sock: socket.socket, tls: Tls | None = None
     ) -> None:
+        self._fd = -1
         self.since = monotonic()
         self.open = True
         self._loop = loop
@@ -138,19 +140,20 @@ class Link:
     async def submit_in_turn(
         self, data: bytes, count: int | None, end: float
     ) -> asyncio.Future[Any]:
-        """The same, but wait for room first; raises `Lost`, unwritten, when none is there in time.
-        """
+        """The same, but wait for room first; raises `Lost`, unwritten, when there is none in time."""
         if self.full(len(data)):
             room: asyncio.Future[None] = self._loop.create_future()
             self._room.append((room, len(data)))
             try:
                 async with asyncio.timeout(end - monotonic()):
                     await room
-            except TimeoutError:
-                raise Lost("too much was waiting for replies", written=False) from None
-            finally:
-                if not room.done() or room.cancelled():
-                    self._room = deque(pair for pair in self._room if pair[0] is not room)
+            except BaseException as error:
+                self._room = deque(pair for pair in self._room if pair[0] is not room)
+                if not room.cancelled():  # room was made in the same moment
+                    self._free(len(data))
+                if isinstance(error, TimeoutError):
+                    raise Lost("too much is waiting for replies", written=False) from None
+                raise
             if not self.open:
                 raise Lost(CLOSED, written=False)
         else:
@@ -401,7 +404,7 @@ class Lane:
     async def _awake(self, patience: float) -> bool:
         # Idle for long: a firewall may have forgotten the connection without a word.
         link = self._link
-        if link is None or not link.open:
+        if link is None or not link.usable(link.since + PING_AFTER):
             return False
         reply = await link.submit(PING, None, monotonic() + patience)
         if isinstance(reply, Lost):
@@ -415,12 +418,16 @@ class Node:
 
     def __init__(self, loop: asyncio.AbstractEventLoop, settings: Settings) -> None:
         self.address = settings.address
-        self.lane = Lane(loop, settings)
+        self._shared = Lane(loop, settings)
         self._bulk = Lane(loop, settings)
+
+    def ready(self, now: float) -> Link | None:
+        """Return the shared connection if it can be written to at once."""
+        return self._shared.ready(now)
 
     async def exchange(self, talk: Talk[Any], message: Message) -> Sequence[Any]:
         """Say a message; raises `Lost` once it may have been written."""
-        lane = self._bulk if message.bulk else self.lane
+        lane = self._bulk if message.bulk else self._shared
         link = await lane.borrow(talk)
         waiting = await link.submit_in_turn(message.data, message.replies, talk.end)
         replies = await waiting
@@ -430,17 +437,17 @@ class Node:
 
     def retire(self) -> None:
         """Use other connections from now on."""
-        self.lane.retire()
+        self._shared.retire()
         self._bulk.retire()
 
     def close(self) -> None:
         """Close every connection now."""
-        self.lane.close()
+        self._shared.close()
         self._bulk.close()
 
     def abandon(self) -> None:
         """Close file descriptors only, in a forked child or for a closed loop."""
-        self.lane.abandon()
+        self._shared.abandon()
         self._bulk.abandon()
 
 
@@ -458,7 +465,7 @@ class Site:
         self.loop = loop
         self._settings = settings
         self._sites = sites
-        self._nodes: dict[Address, Node] = {}
+        self._nodes: dict[Address, Node | ForeignNode] = {}
         self.only = None if cluster else self.node(settings.address)
         # asyncio.run() ends a loop's async generators before it closes the loop: our cue.
         self._guard = self._until_shutdown()
@@ -467,14 +474,15 @@ class Site:
         except StopIteration:
             pass
 
-    def node(self, address: Address) -> Node:
+    def node(self, address: Address) -> Node | ForeignNode:
         """Return a server by its address."""
         node = self._nodes.get(address)
         if node is None:
             settings = self._settings
             if address != settings.address:
                 settings = settings.at(address)
-            node = self._nodes[address] = Node(self.loop, settings)
+            node = ForeignNode(settings) if settings.foreign else Node(self.loop, settings)
+            self._nodes[address] = node
         return node
 
     def keep(self, addresses: frozenset[Address]) -> None:
@@ -529,7 +537,7 @@ class AsyncTransport:
         now = monotonic()
         site = self._sites.get(id(asyncio.get_running_loop())) or self._new_site()
         node = site.only or self._usual(site, command)
-        link = None if node is None or command.bulk else node.lane.ready(now)
+        link = None if node is None or command.bulk else node.ready(now)
         if node is None or link is None:
             return (await self._converse(site, self._talk((command,), deadline, now)))[0].result()
         data = pack(command)
@@ -565,9 +573,9 @@ class AsyncTransport:
 
     def where(self, command: Command[Any]) -> str:
         """Name the node that a command goes to."""
-        if self._slots is None or not self._slots.known:
+        if self._slots is None:
             return show(self._settings.address)
-        return show(self._slots.route(command.keys))
+        return self._slots.where(command.keys)
 
     def _new_site(self) -> Site:
         # A loop closed without shutting down its async generators left its connections here.
@@ -583,7 +591,7 @@ class AsyncTransport:
     def _talk(self, commands: Sequence[Command[T]], deadline: float, now: float) -> Talk[T]:
         return Talk(commands, deadline, now, self._settings.address, self._slots)
 
-    def _usual(self, site: Site, command: Command[Any]) -> Node | None:
+    def _usual(self, site: Site, command: Command[Any]) -> Node | ForeignNode | None:
         slots = self._slots
         if slots is None or not slots.known:
             return None
@@ -657,10 +665,7 @@ async def _open(
         if settings.tls is not None:
             async with asyncio.timeout(end - monotonic()):
                 tls = await _secure(loop, sock, settings.tls_context(), settings.host)
-        provider = settings.credential_provider
-        credentials = (
-            await provider.get_credentials_async() if provider else settings.static_credentials()
-        )
+        credentials = await settings.credentials_async()
         opening = handshake(settings.protocol, credentials, settings.client_name, settings.db)
         link = Link(loop, sock, tls)
         links.add(link)
@@ -668,8 +673,10 @@ async def _open(
             data = b"".join(map(pack_command, opening))
             replies = await link.submit(data, len(opening), end)
             if isinstance(replies, Lost):
+                # A server that is full says so and closes.
+                opened(replies.replies, fresh_credentials=False)
                 raise Unreachable(f"connecting: {replies.why}")
-            opened(replies, fresh_credentials=provider is not None)
+            opened(replies, fresh_credentials=settings.credential_provider is not None)
         return link
     except BaseException as error:
         sock.close()

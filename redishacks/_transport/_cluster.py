@@ -12,7 +12,7 @@ from typing import Any
 
 from redishacks._command import Command
 from redishacks._slots import SLOTS, key_slot
-from redishacks._transport._wire import Address
+from redishacks._transport._wire import Address, show
 from redishacks.errors import CrossNodeError
 
 Remap = Callable[[Address], Address]
@@ -56,6 +56,11 @@ class SlotMap:
                 )
         # A slot that nobody serves: any primary says CLUSTERDOWN, which is then waited out.
         return self._by_slot[slot] or random.choice(self._primaries)
+
+    def where(self, keys: Sequence[bytes]) -> str:
+        """Name the node for these keys; empty when it could be any."""
+        node = self._by_slot[key_slot(keys[0])] if keys else None
+        return show(node) if node else ""
 
     def due(self, now: float) -> bool:
         """Whether it is time to read the map again; true for one caller in every `PATIENCE`."""

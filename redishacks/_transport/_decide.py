@@ -3,7 +3,7 @@
 A `Talk` holds one run of commands from first to last attempt. The two drivers, sync and asyncio,
 carry its rounds to the servers and tell it what came back; every rule about repeating is here:
 
-- A refusal that applied nothing (loading, moved slot, wrong role, …) is repeated until the deadline.
+- A refusal that applied nothing (loading, moved slot, wrong role) is repeated until the deadline.
 - What was never sent is repeated.
 - What was sent and not answered is repeated only when the command says that this is harmless.
 """
@@ -75,7 +75,7 @@ def opened(replies: Iterable[Any], *, fresh_credentials: bool) -> None:
         if code in {"WRONGPASS", "NOAUTH"} or "AUTH" in text.split(":", 1)[0]:
             # A credential provider may know a newer password in a moment.
             trouble = Refused if fresh_credentials else Unreachable
-            raise trouble(f"authentication failed ({code})")
+            raise trouble(f"authentication failed: {text}")
         if code in PASSING:
             raise Refused(text)
         if "max number of clients" in text:

@@ -25,8 +25,8 @@ def master(settings: Settings, seconds: float) -> Address:
     """Return the primary's address; raises `Unreachable` within the given seconds."""
     manager = copy.copy(settings.sentinel)
     manager.sentinels = [
-        redis.Redis(connection_pool=_impatient(redis.ConnectionPool, Retry, one, each))
-        for one, each in _shares(manager, seconds)
+        redis.Redis(connection_pool=_impatient(one, redis.ConnectionPool, Retry, share))
+        for one, share in _shares(manager, seconds)
     ]
     try:
         host, port = manager.discover_master(settings.service)
@@ -42,8 +42,10 @@ async def master_async(settings: Settings, seconds: float) -> Address:
     """The same for asyncio."""
     manager = copy.copy(settings.sentinel)
     manager.sentinels = [
-        redis.asyncio.Redis(connection_pool=_impatient(redis.asyncio.ConnectionPool, AsyncRetry, one, each))
-        for one, each in _shares(manager, seconds)
+        redis.asyncio.Redis(
+            connection_pool=_impatient(one, redis.asyncio.ConnectionPool, AsyncRetry, share)
+        )
+        for one, share in _shares(manager, seconds)
     ]
     try:
         host, port = await manager.discover_master(settings.service)
@@ -59,7 +61,7 @@ def _shares(manager: Any, seconds: float) -> list[tuple[Any, float]]:
     return [(one, seconds / len(manager.sentinels)) for one in manager.sentinels]
 
 
-def _impatient(kind: Any, retry: Any, client: Any, seconds: float) -> Any:
+def _impatient(client: Any, kind: Any, retry: Any, seconds: float) -> Any:
     pool = client.connection_pool
     options = {
         **pool.connection_kwargs,

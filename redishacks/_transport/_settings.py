@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import socket
 import ssl
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import redis
@@ -15,6 +15,7 @@ import redis.connection
 import redis.sentinel
 
 from redishacks._transport._cluster import SlotMap
+from redishacks._transport._decide import Unreachable
 from redishacks._transport._wire import Address
 from redishacks.errors import UsageError
 
@@ -70,43 +71,41 @@ class Settings:
 
     def at(self, address: Address) -> Settings:
         """Return the same settings for another server."""
-        return dataclasses.replace(self, host=address[0], port=address[1], sentinel=None, service=None)
+        host, port = address
+        return dataclasses.replace(self, host=host, port=port, sentinel=None, service=None)
 
-    def static_credentials(self) -> tuple[str, ...]:
-        """Return (), (password,) or (user, password), without asking a provider."""
+    def credentials(self) -> Sequence[str]:
+        """Return (), (password,) or (user, password), fresh from the provider if there is one."""
+        if self.credential_provider is None:
+            return self._fixed_credentials()
+        try:
+            found: Sequence[str] = self.credential_provider.get_credentials()
+        except Exception as error:
+            raise _no_credentials(error) from error
+        return found
+
+    async def credentials_async(self) -> Sequence[str]:
+        """The same for asyncio."""
+        if self.credential_provider is None:
+            return self._fixed_credentials()
+        try:
+            found: Sequence[str] = await self.credential_provider.get_credentials_async()
+        except Exception as error:
+            raise _no_credentials(error) from error
+        return found
+
+    def _fixed_credentials(self) -> Sequence[str]:
         if self.username:
             return (self.username, self.password or "")
         return (self.password,) if self.password else ()
 
     def tls_context(self) -> ssl.SSLContext:
         """Build the context anew, so that renewed certificate files count at the next connect."""
-        options = self.tls or {}
-        context = ssl.create_default_context()
-        needs = options.get("ssl_cert_reqs", "required")
-        needs = _CERT_REQS[needs] if needs is None or isinstance(needs, str) else needs
-        checked = needs != ssl.CERT_NONE and options.get("ssl_check_hostname", True)
-        context.check_hostname = bool(checked)
-        context.verify_mode = needs
-        for flag in options.get("ssl_include_verify_flags") or ():
-            context.verify_flags |= flag
-        for flag in options.get("ssl_exclude_verify_flags") or ():
-            context.verify_flags &= ~flag
-        if options.get("ssl_certfile"):
-            context.load_cert_chain(
-                options["ssl_certfile"], options.get("ssl_keyfile"), options.get("ssl_password")
-            )
-        trusted = {
-            "cafile": options.get("ssl_ca_certs"),
-            "capath": options.get("ssl_ca_path"),
-            "cadata": options.get("ssl_ca_data"),
-        }
-        if any(trusted.values()):
-            context.load_verify_locations(**trusted)
-        if options.get("ssl_min_version") is not None:
-            context.minimum_version = options["ssl_min_version"]
-        if options.get("ssl_ciphers"):
-            context.set_ciphers(options["ssl_ciphers"])
-        return context
+        try:
+            return _tls_context(self.tls or {})
+        except (OSError, ValueError) as error:
+            why = getattr(error, "reason", None) or getattr(error, "strerror", None) or error
+            raise Unreachable(f"the client's TLS settings: {why}") from error
 
 
 _PLAIN = {redis.Connection, redis.asyncio.Connection}
@@ -120,6 +119,40 @@ _SENTINEL_TLS = {
     redis.sentinel.SentinelManagedSSLConnection,
     redis.asyncio.sentinel.SentinelManagedSSLConnection,
 }
+
+
+def _tls_context(options: Mapping[str, Any]) -> ssl.SSLContext:
+    context = ssl.create_default_context()
+    needs = options.get("ssl_cert_reqs", "required")
+    needs = _CERT_REQS[needs] if needs is None or isinstance(needs, str) else needs
+    checked = needs != ssl.CERT_NONE and options.get("ssl_check_hostname", True)
+    context.check_hostname = bool(checked)
+    context.verify_mode = needs
+    for flag in options.get("ssl_include_verify_flags") or ():
+        context.verify_flags |= flag
+    for flag in options.get("ssl_exclude_verify_flags") or ():
+        context.verify_flags &= ~flag
+    if options.get("ssl_certfile"):
+        context.load_cert_chain(
+            options["ssl_certfile"], options.get("ssl_keyfile"), options.get("ssl_password")
+        )
+    trusted = {
+        "cafile": options.get("ssl_ca_certs"),
+        "capath": options.get("ssl_ca_path"),
+        "cadata": options.get("ssl_ca_data"),
+    }
+    if any(trusted.values()):
+        context.load_verify_locations(**trusted)
+    if options.get("ssl_min_version") is not None:
+        context.minimum_version = options["ssl_min_version"]
+    if options.get("ssl_ciphers"):
+        context.set_ciphers(options["ssl_ciphers"])
+    return context
+
+
+def _no_credentials(error: Exception) -> Unreachable:
+    # Its text might hold a secret; the cause is chained.
+    return Unreachable(f"the credential provider failed with {type(error).__name__}")
 
 
 def from_options(kind: type[Any], options: Mapping[str, Any]) -> Settings:
@@ -196,7 +229,5 @@ def from_url(url: str) -> Settings:
     except ValueError as error:
         # redis-py's message names the schemes and options, never the password.
         if "scheme" in str(error):
-            raise UsageError(
-                "a URL must begin with redis://, rediss:// or unix://"
-            ) from None
+            raise UsageError("a URL must begin with redis://, rediss:// or unix://") from None
         raise UsageError("the Redis URL cannot be read: check its port and options") from None

@@ -208,6 +208,10 @@ class Link:
         """Close the file descriptor, without shutdown(): a parent process may go on with it."""
         self._sock.close()
 
+    def __del__(self) -> None:
+        # A transport that nobody holds any more takes its connections along, without a warning.
+        self._sock.close()
+
     def _send_rest(self, data: memoryview, end: float, written: bool) -> None:
         while data:
             try:
@@ -294,6 +298,13 @@ class Node:
         self._open.discard(link)
         link.close()
 
+    def lost(self, link: Channel) -> None:
+        """Close a connection that failed, and the idle ones: a new one will tell in its handshake
+        whether the server is there, when nothing has been applied yet.
+        """
+        self.drop(link)
+        self.reset()
+
     def borrow(self, talk: Talk[Any]) -> Channel:
         """Return a connection, a new one if need be.
 
@@ -314,17 +325,17 @@ class Node:
         if settings.sentinel is not None:
             settings = settings.at(_sentinel.master(settings, CONNECT_DEADLINE))
         if settings.foreign is not None:
-            link: Channel = ForeignLink(settings)
-            self._open.add(link)
-            return link
-        own = Link(_dial((settings.host, settings.port), settings.keepalive_options, end))
-        self._open.add(own)
+            foreign = ForeignLink(settings)
+            self._open.add(foreign)
+            return foreign
+        link = Link(_dial((settings.host, settings.port), settings.keepalive_options, end))
+        self._open.add(link)
         try:
-            _greet(own, settings, min(end, monotonic() + max(patience, GREETING)))
+            _greet(link, settings, min(end, monotonic() + max(patience, GREETING)))
         except BaseException:
-            self.drop(own)
+            self.drop(link)
             raise
-        return own
+        return link
 
     def reset(self) -> None:
         """Close the idle connections."""
@@ -396,7 +407,7 @@ class SyncTransport:
         try:
             reply = link.ask(pack(command), deadline, now + deadline)
         except Lost as loss:
-            node.drop(link)
+            node.lost(link)
             talk = self._talk((command,), deadline, now)
             talk.lost(talk.first(node.address), loss)
         except UsageError:
@@ -429,8 +440,9 @@ class SyncTransport:
 
     def where(self, command: Command[Any]) -> str:
         """Name the node that a command goes to."""
-        node = self._only or self._usual(command)
-        return show(node.address if node else self._settings.address)
+        if self._slots is None:
+            return show(self._settings.address)
+        return self._slots.where(command.keys)
 
     def _talk(self, commands: Sequence[Command[T]], deadline: float, now: float) -> Talk[T]:
         return Talk(commands, deadline, now, self._settings.address, self._slots)
@@ -482,14 +494,14 @@ class SyncTransport:
                     link.send(message.data, talk.end)
                 except Lost as loss:
                     under_way.pop()
-                    node.drop(link)
+                    node.lost(link)
                     talk.lost(message, loss)
             while under_way:
                 node, link, message = under_way[0]
                 try:
                     replies = link.replies(message.replies, talk.end)
                 except Lost as loss:
-                    node.drop(link)
+                    node.lost(link)
                     talk.lost(message, loss)
                 else:
                     node.give(link)
@@ -525,12 +537,16 @@ def _greet(link: Link, settings: Settings, end: float) -> None:
     try:
         if settings.tls is not None:
             link.secure(settings.tls_context(), settings.host, end)
-        provider = settings.credential_provider
-        opening = handshake(settings, provider.get_credentials() if provider else None)
+        opening = handshake(
+            settings.protocol, settings.credentials(), settings.client_name, settings.db
+        )
         if opening:
             link.send(b"".join(map(pack_command, opening)), end)
-            opened(link.replies(len(opening), end), fresh_credentials=provider is not None)
+            replies = link.replies(len(opening), end)
+            opened(replies, fresh_credentials=settings.credential_provider is not None)
     except Lost as loss:
+        # A server that is full says so and closes.
+        opened(loss.replies, fresh_credentials=False)
         raise Unreachable(f"connecting: {loss.why}") from None
 
 

@@ -12,7 +12,7 @@ from redishacks._command import Command, Outcome, Steps, ask_all
 from redishacks._drive import drive, drive_async
 from redishacks._linger import AsyncCoalescer, Buffer, Coalescer, Items, Refused, check_linger
 from redishacks._sink import Rule
-from redishacks._transport import connect, connect_async
+from redishacks._transport import Hook, connect, connect_async
 from redishacks._units import Seconds, seconds
 from redishacks.counters.commands import Amount, Columns, Id, Layout, new_id
 from redishacks.errors import PartlyAppliedError, UsageError
@@ -156,6 +156,8 @@ class BufferedCounter(_Counter):
     slow or `overflow="block"`. A hit that Redis will never take (its sum would pass 2^53) is
     logged and passed to `on_refused`; one in doubt for 12 hours to `on_maybe_applied`.
 
+    `on_command(name, node, seconds, error)` is called after every command, for tracing.
+
     Safe in threads, greenlets, signal handlers and after fork (a child begins with an empty
     buffer; the parent sends its own).
     """
@@ -174,9 +176,11 @@ class BufferedCounter(_Counter):
         overflow: Literal["raise", "block"] = "raise",
         on_refused: Callable[[Refused], None] | None = None,
         on_maybe_applied: Callable[[Items], None] | None = None,
+        on_command: Hook | None = None,
     ) -> None:
         super().__init__(name, columns, partitions, prefix, deadline)
-        self.transport = connect(client)
+        self.client = client
+        self.transport = connect(client, on_command=on_command)
         self._coalescer: Coalescer | None = None
         if linger is not None:
             buffer = self._buffer(max_buffered, on_refused, on_maybe_applied)
@@ -302,9 +306,11 @@ class AsyncBufferedCounter(_Counter):
         overflow: Literal["raise", "block"] = "raise",
         on_refused: Callable[[Refused], None] | None = None,
         on_maybe_applied: Callable[[Items], None] | None = None,
+        on_command: Hook | None = None,
     ) -> None:
         super().__init__(name, columns, partitions, prefix, deadline)
-        self.transport = connect_async(client)
+        self.client = client
+        self.transport = connect_async(client, on_command=on_command)
         self._coalescer: AsyncCoalescer | None = None
         if linger is not None:
             buffer = self._buffer(max_buffered, on_refused, on_maybe_applied)

@@ -108,10 +108,11 @@ class _Job:
         self.layout = layout
         self.sink = sink
         self._deadline = deadline
-        self._chunk = chunk
-        self._on_batch = on_batch
+        self.chunk = chunk
+        self.on_batch = on_batch
         self._stopping = False
         self._bound = False
+        self._progress = _Progress()
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.layout.full_name} to {self.sink.destination()}>"
@@ -120,11 +121,15 @@ class _Job:
         """Let the run in progress finish the batch in hand and end; safe in a signal handler."""
         self._stopping = True
 
+    def so_far(self) -> FlushReport:
+        """Return the figures of the run in progress, or of the last one; for another thread to show."""
+        return self._progress.report()
+
     # The run
 
     def flush_steps(self, time_budget: float | None = None) -> Steps[FlushReport]:
         """One run, as steps for a driver: any of them may be the last, or happen twice."""
-        progress = _Progress()
+        progress = self._progress = _Progress()
         # Nothing is claimed before SQL has answered.
         clock = yield from call(self.sink.begin, self.layout.columns.rules)
         yield from self._bind()
@@ -163,7 +168,7 @@ class _Job:
             state = yield from ask(self.layout.state(p))
             if not state.pending_ids:
                 return None
-            size = yield from ask(self.layout.claim(p, state.next, self._chunk))
+            size = yield from ask(self.layout.claim(p, state.next, self.chunk))
             if size >= 0:
                 return state.next if size else None
         return None
@@ -226,8 +231,8 @@ class _Job:
         yield from ask(self.layout.ack(batch))
         progress.batches += 1
         _log.info("batch %s of %s: %d ids in SQL", batch.id, self.layout.full_name, batch.size)
-        if self._on_batch is not None:
-            self._on_batch(progress.report())
+        if self.on_batch is not None:
+            self.on_batch(progress.report())
         return clock
 
     def _replicated(self, batch: Batch) -> Steps[None]:
@@ -409,6 +414,7 @@ class FlushJob(_Job):
         if inspect.iscoroutinefunction(getattr(sink, "apply", None)):
             raise UsageError(f"{type(sink).__name__} is for AsyncFlushJob")
         super().__init__(counter.layout, counter.deadline, sink, chunk, on_batch)
+        self.counter = counter
         self._transport = counter.transport
 
     def run(self, *, time_budget: float | None = None) -> FlushReport:
@@ -466,6 +472,7 @@ class AsyncFlushJob(_Job):
                 f"AsyncFlushJob takes an AsyncBufferedCounter, not {type(counter).__name__}"
             )
         super().__init__(counter.layout, counter.deadline, sink, chunk, on_batch)
+        self.counter = counter
         self._transport = counter.transport
 
     async def run(self, *, time_budget: float | None = None) -> FlushReport:

@@ -14,9 +14,12 @@ Each is a context manager; pytest users get fixtures too (`redishacks.testing.fi
 they start outlives the process, not even when it is killed.
 """
 
+from redishacks.testing.cluster import Cluster, valkey_cluster
 from redishacks.testing.postgres import Postgres, postgres_server
 from redishacks.testing.proxy import FaultProxy
+from redishacks.testing.sentinel import SentinelSetup, valkey_sentinel
 from redishacks.testing.servers import (
+    Binary,
     Server,
     redis_server,
     serve,
@@ -25,12 +28,17 @@ from redishacks.testing.servers import (
 )
 
 __all__ = [
+    "Binary",
+    "Cluster",
     "FaultProxy",
     "Postgres",
+    "SentinelSetup",
     "Server",
     "postgres_server",
     "redis_server",
     "serve",
     "servers_available",
+    "valkey_cluster",
+    "valkey_sentinel",
     "valkey_server",
 ]

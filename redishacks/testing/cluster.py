@@ -10,7 +10,8 @@ Starting takes some 2.5 s: a node serves nothing in its first two seconds.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -24,16 +25,16 @@ if TYPE_CHECKING:
 
 
 @contextmanager
-def valkey_cluster(
-    primaries: int = 3, replicas: int = 0, **config: Setting
-) -> Iterator[Cluster]:
+def valkey_cluster(primaries: int = 3, replicas: int = 0, **config: Setting) -> Iterator[Cluster]:
     """Run a cluster of so many primaries with so many replicas each, slots spread evenly.
 
     `config` goes to every node; `cluster_node_timeout` (milliseconds, here 2000) is how long a node
     may be silent before it counts as failed.
     """
     if primaries < 1 or replicas < 0:
-        raise UsageError(f"a cluster needs a primary: {primaries} and {replicas} replicas were given")
+        raise UsageError(
+            f"a cluster needs a primary: {primaries} and {replicas} replicas were given"
+        )
     settings: dict[str, Setting] = {"cluster_enabled": True, "cluster_node_timeout": 2000}
     with ExitStack() as stack:
         nodes = [
@@ -41,7 +42,8 @@ def valkey_cluster(
             for _ in range(primaries * (1 + replicas))
         ]
         cluster = Cluster(nodes)
-        cluster.join(primaries)
+        stack.callback(cluster.close)
+        cluster._join(primaries)
         yield cluster
 
 
@@ -50,7 +52,7 @@ class Cluster:
 
     def __init__(self, nodes: Sequence[Server]) -> None:
         self.nodes = list(nodes)
-        self._admin = [node.client(decode_responses=True, socket_timeout=10) for node in nodes]
+        self._admin: list[Any] = [node.client(socket_timeout=10) for node in nodes]
 
     @property
     def url(self) -> str:
@@ -67,94 +69,99 @@ class Cluster:
         import redis
 
         first = self.nodes[0]
-        settings = {"host": first.host, "port": first.port, "password": first.password}
+        settings: dict[str, Any] = {
+            "host": first.host, "port": first.port, "password": first.password,
+        }  # fmt: skip
         return redis.RedisCluster(**settings | options)
 
     def node_of(self, slot: int) -> Server:
         """Return the node that owns a slot now."""
         return self.nodes[self._owner(slot)]
 
-    def move_slot(self, slot: int, target: int) -> None:
-        """Move a slot and its keys to `nodes[target]`; also ends a migration that was begun."""
-        self.begin_migration(slot, target, share=1.0)
-        name = self._id(target)
-        source = self._owner(slot)
-        for index in [target, source, *range(len(self.nodes))]:  # the new owner first
-            if self._is_primary(index):
-                self._say(index, "CLUSTER", "SETSLOT", slot, "NODE", name)
-        wait_until(
-            lambda: all(self._owner(slot, index) == target for index in range(len(self.nodes))),
-            f"all nodes to see slot {slot} moved",
-        )
-
     def begin_migration(self, slot: int, target: int, *, share: float = 0.5) -> None:
         """Open a slot's migration to `nodes[target]`, and move this share of its keys, rounded up.
 
-        Until `move_slot` ends it, the owner answers ASK for keys that it has no more.
+        Until `move_slot` ends it, the owner answers ASK for keys that it does not hold (any more).
         """
         source = self._owner(slot)
-        if not self._is_primary(target):
-            raise UsageError(f"node {target} is a replica")
         if source == target:
             return
         self._say(target, "CLUSTER", "SETSLOT", slot, "IMPORTING", self._id(source))
         self._say(source, "CLUSTER", "SETSLOT", slot, "MIGRATING", self._id(target))
         count = self._say(source, "CLUSTER", "COUNTKEYSINSLOT", slot)
-        keys = sorted(self._say(source, "CLUSTER", "GETKEYSINSLOT", slot, count, NEVER_DECODE=True))
-        moving = keys[: -int(-len(keys) * share // 1)]
+        keys = sorted(self._say(source, "CLUSTER", "GETKEYSINSLOT", slot, count))
+        moving = keys[: math.ceil(len(keys) * share)]
         there = self.nodes[target]
         password = ["AUTH", there.password] if there.password else []
         if moving:
-            self._say(
-                source, "MIGRATE", there.host, there.port, "", 0, 10000, *password, "KEYS", *moving
-            )
+            self._say(source, "MIGRATE", there.host, there.port, "", 0, 10_000, *password,
+                      "KEYS", *moving)  # fmt: skip
 
-    def join(self, primaries: int) -> None:
-        """Give the first nodes the slots, make all meet, and wait until each says it is well."""
+    def move_slot(self, slot: int, target: int) -> None:
+        """Move a slot and its keys to `nodes[target]`, or end a migration that was begun.
+
+        Returns when every node knows.
+        """
+        self.begin_migration(slot, target, share=1.0)
+        everybody = range(len(self.nodes))
+        for index in sorted(everybody, key=lambda index: index != target):  # the new owner first
+            if self._say(index, "ROLE")[0] == b"master":
+                self._say(index, "CLUSTER", "SETSLOT", slot, "NODE", self._id(target))
+        wait_until(
+            lambda: all(self._owner(slot, seen_by=index) == target for index in everybody),
+            f"all nodes to know that slot {slot} moved",
+        )
+
+    def _join(self, primaries: int) -> None:
+        """Make one cluster of fresh nodes: the first ones get the slots, the others replicate."""
         count = len(self.nodes)
-        for index in range(count):
+        for index, node in enumerate(self.nodes):
             self._say(index, "CLUSTER", "SET-CONFIG-EPOCH", index + 1)
             if index < primaries:
                 first, after = (SLOTS * part // primaries for part in (index, index + 1))
                 self._say(index, "CLUSTER", "ADDSLOTSRANGE", first, after - 1)
-            node = self.nodes[index]
-            self._say(0, "CLUSTER", "MEET", node.host, node.port, node.bus_port)
-        wait_until(lambda: all(len(self._known(i)) == count for i in range(count)), "nodes to meet")
+            if index:
+                self._say(0, "CLUSTER", "MEET", node.host, node.port, node.bus_port)
+        self._wait_for_all(
+            lambda index: len(self._roles(index)) == count, "every node to know the others"
+        )
         for index in range(primaries, count):
             self._say(index, "CLUSTER", "REPLICATE", self._id(index % primaries))
-        wait_until(lambda: all(map(self._well, range(count))), "cluster_state:ok on every node")
-        replicas = count - primaries
-        wait_until(
-            lambda: all(self._known(i).count("slave") == replicas for i in range(count))
-            and all(self._linked(i) for i in range(primaries, count)),
-            "replicas to be in step",
+        self._wait_for_all(
+            lambda index: (
+                b"cluster_state:ok" in self._say(index, "CLUSTER", "INFO")
+                and self._roles(index).count("slave") == count - primaries
+                and (index < primaries or self._say(index, "ROLE")[3] == b"connected")
+            ),
+            "every node to be well and every replica in step",
         )
 
-    def _say(self, node: int, *command: Any, **options: Any) -> Any:
-        return self._admin[node].execute_command(*command, **options)
+    def close(self) -> None:
+        """Close our own connections to the nodes."""
+        for client in self._admin:
+            client.close()
+
+    def _say(self, node: int, *command: Any) -> Any:
+        return self._admin[node].execute_command(*command)
+
+    def _wait_for_all(self, condition: Callable[[int], bool], what: str) -> None:
+        wait_until(lambda: all(map(condition, range(len(self.nodes)))), what)
 
     def _id(self, node: int) -> str:
-        return str(self._say(node, "CLUSTER", "MYID"))
+        name: bytes = self._say(node, "CLUSTER", "MYID")
+        return name.decode()
 
-    def _known(self, node: int) -> list[str]:
-        """Return the roles of the nodes that a node knows, those still shaking hands left out."""
-        found: dict[str, dict[str, str]] = self._say(node, "CLUSTER", "NODES")
-        flags = [set(other["flags"].split(",")) for other in found.values()]
+    def _roles(self, node: int) -> list[str]:
+        """Return the roles of all nodes that a node knows; those it just meets are left out."""
+        lines = self._say(node, "CLUSTER", "NODES").decode().splitlines()
+        flags = [line.split()[2].split(",") for line in lines]
         return [
             "slave" if "slave" in flag else "master" for flag in flags if "handshake" not in flag
         ]
 
-    def _well(self, node: int) -> bool:
-        return bool(self._say(node, "CLUSTER", "INFO")["cluster_state"] == "ok")
-
-    def _linked(self, node: int) -> bool:
-        return self._say(node, "INFO", "replication").get("master_link_status") == "up"
-
-    def _is_primary(self, node: int) -> bool:
-        return bool(self._say(node, "ROLE")[0] == "master")
-
     def _owner(self, slot: int, seen_by: int = 0) -> int:
-        """Return which node owns a slot in the eyes of another."""
-        for first, last, owner, *_ in self._admin[seen_by].execute_command("CLUSTER", "SLOTS"):
-            pass
-        raise UsageError(f"slot {slot} has no owner")
+        """Return which node owns a slot, in the eyes of one of them."""
+        for first, last, owner, *_ in self._say(seen_by, "CLUSTER", "SLOTS"):
+            if first <= slot <= last:
+                return [node.port for node in self.nodes].index(owner[1])
+        raise UsageError(f"no node owns slot {slot}; slots go from 0 to {SLOTS - 1}")

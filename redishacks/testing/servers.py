@@ -38,6 +38,10 @@ if TYPE_CHECKING:
 Setting: TypeAlias = str | int | float | bool | Path | Sequence[str | int]
 
 
+#: Nothing on disk, and a replica gets its copy at once rather than after five seconds.
+_DEFAULTS: dict[str, Setting] = {"save": "", "appendonly": "no", "repl-diskless-sync-delay": 0}
+
+
 class Binary(NamedTuple):
     """A server program: `kind` is "valkey" or "redis"."""
 
@@ -105,9 +109,9 @@ class Server:
         self.host = "127.0.0.1"
         self.port = 0
         self._binary = binary.path
-        self._config = {"save": "", "appendonly": "no"} | {
-            name.replace("_", "-"): value for name, value in config.items()
-        }
+        self._config = _DEFAULTS | {name.replace("_", "-"): value for name, value in config.items()}
+        if self.password:
+            self._config.setdefault("masterauth", self.password)
         self._lines = lines
         self._mode = mode
         self._process = Process(end_with=signal.SIGKILL)
@@ -140,6 +144,11 @@ class Server:
         """What `requirepass` was given."""
         value = self._config.get("requirepass")
         return str(value) if value else None
+
+    @property
+    def bus_port(self) -> int:
+        """The port on which nodes of a cluster talk to each other; 0 without a cluster."""
+        return int(str(self._config.get("cluster-port", 0)))
 
     @property
     def _credentials(self) -> str:
@@ -261,9 +270,10 @@ def _directive(name: str, value: Setting) -> str:
     if isinstance(value, bool):
         value = "yes" if value else "no"
     values = value if isinstance(value, list | tuple) else [value]
-    return " ".join([name, *(_quoted(str(one)) for one in values)])
+    return " ".join([name, *(quoted(str(one)) for one in values)])
 
 
-def _quoted(text: str) -> str:
+def quoted(text: str) -> str:
+    """Return text as one argument of a directive."""
     escaped = text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
     return f'"{escaped}"'

@@ -1,0 +1,113 @@
+"""How a command ends: every foreseeable error is a line on stderr and an exit code."""
+
+from __future__ import annotations
+
+import enum
+import re
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import click
+
+from redishacks.counters import FlushJob
+from redishacks.errors import (
+    MaybeAppliedError,
+    RedisHacksError,
+    SchemaError,
+    ServerError,
+    UnavailableError,
+    UsageError,
+)
+
+
+class Exit(enum.IntEnum):
+    """Exit codes; 75 and 78 are those of sysexits.h."""
+
+    DONE = 0
+    WRONG = 1
+    USAGE = 2
+    TRY_LATER = 75
+    CONFIGURATION = 78
+    INTERRUPTED = 130
+
+
+EXIT_CODES = """\
+\b
+Exit codes:
+  0    done
+  1    something is wrong, and the output says what
+  2    usage: an option, the TARGET, or a job that does not fit its counter
+  75   try later: Redis or the database is away; nothing is lost
+  78   the database lacks a table, a column or a grant; the message shows the DDL
+  130  interrupted
+With several jobs the worst of these counts: 2, 78, 1, 75, 0.
+"""
+
+_BY_WEIGHT = [Exit.DONE, Exit.TRY_LATER, Exit.WRONG, Exit.CONFIGURATION, Exit.USAGE]
+
+_FORBIDDEN = {"NOPERM", "NOAUTH", "WRONGPASS"}
+
+_PASSWORD = re.compile(r"(://[^/\s:@]*:)[^\s@]*@|(password=)('[^']*'|[^\s&]*)", re.IGNORECASE)
+
+
+def masked(text: str) -> str:
+    """Return text without passwords: of URLs and of `password=…`; for what others have worded."""
+    return _PASSWORD.sub(lambda found: f"{found[1]}***@" if found[1] else f"{found[2]}***", text)
+
+
+def exit_of(error: RedisHacksError) -> Exit:
+    """Return the exit code that an error means."""
+    if isinstance(error, SchemaError) or (
+        isinstance(error, ServerError) and error.code in _FORBIDDEN
+    ):
+        return Exit.CONFIGURATION
+    if isinstance(error, UnavailableError | MaybeAppliedError):
+        return Exit.TRY_LATER
+    return Exit.USAGE if isinstance(error, UsageError) else Exit.WRONG
+
+
+def one_line(error: Exception) -> str:
+    """Return an error's message as one line, without secrets."""
+    return masked(" ".join(str(error).split()))
+
+
+def tell(error: RedisHacksError, about: str = "") -> Exit:
+    """Say an error on stderr, with the DDL where that mends it; return its exit code."""
+    click.echo(f"redishacks: {f'{about}: ' if about else ''}{one_line(error)}", err=True)
+    if isinstance(error, SchemaError) and error.ddl:
+        click.echo(f"\n{error.ddl.strip()}\n", err=True)
+    return exit_of(error)
+
+
+def worst(exits: Iterable[Exit]) -> Exit:
+    """Return the exit code that needs most attention."""
+    return max(exits, key=_BY_WEIGHT.index, default=Exit.DONE)
+
+
+def for_each(
+    jobs: Sequence[FlushJob],
+    action: Callable[[FlushJob], Exit],
+    failed: Callable[[FlushJob, RedisHacksError, Exit], None],
+) -> Exit:
+    """Do the same with every job, whatever becomes of the others; return the worst exit code."""
+    exits = []
+    for job in jobs:
+        try:
+            exits.append(action(job))
+        except RedisHacksError as error:
+            exits.append(tell(error, job.layout.full_name))
+            failed(job, error, exits[-1])
+    return worst(exits)
+
+
+class Commands(click.Group):
+    """The group of all commands, which ends each of them by the same rules."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run a command."""
+        try:
+            return super().invoke(ctx)
+        except RedisHacksError as error:
+            ctx.exit(tell(error))
+        except KeyboardInterrupt:
+            ctx.exit(Exit.INTERRUPTED)

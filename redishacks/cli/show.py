@@ -1,0 +1,61 @@
+"""How things look: on a terminal, in a log, as JSON. Ids are others' text: nothing in them acts."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from redishacks import _keys
+
+
+def console(*, err: bool = False) -> Console:
+    """Return a console; into a file or a pipe lines are never broken."""
+    made = Console(stderr=err, highlight=False)
+    return made if made.is_terminal else Console(stderr=err, highlight=False, width=10_000)
+
+
+def printable(id: str | bytes) -> str:
+    """Return an id fit for a terminal: whatever is not printable is escaped."""
+    text = id.decode(errors="backslashreplace") if isinstance(id, bytes) else id
+    return text if text.isprintable() else repr(text)[1:-1]
+
+
+def json_id(raw: bytes) -> dict[str, str]:
+    """Return an id for JSON: as text, or in hexadecimal when it is not UTF-8."""
+    id = _keys.id_shown(raw)
+    return {"id": id} if isinstance(id, str) else {"id_hex": id.hex()}
+
+
+def print_json(value: Any) -> None:
+    """Print one JSON object as one line."""
+    click.echo(json.dumps(value, ensure_ascii=False, default=str))
+
+
+def ago(seconds: float | None, never: str = "never") -> str:
+    """Return an age in words."""
+    return never if seconds is None else f"{duration(seconds)} ago"
+
+
+def duration(seconds: float) -> str:
+    """Return a duration in the unit that fits."""
+    for limit, unit, size in ((120, "s", 1), (7200, "min", 60), (172_800, "h", 3600)):
+        if seconds < limit:
+            return f"{seconds / size:.3g} {unit}"
+    return f"{seconds / 86_400:.3g} d"
+
+
+def facts(title: str, rows: Sequence[tuple[str, str]], on: Console) -> None:
+    """Print a block: a title, and names with values below it."""
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column(style="dim")
+    grid.add_column(overflow="fold")
+    for name, value in rows:
+        grid.add_row(Text(f"  {name}"), Text(value))
+    on.print(Text(title, style="bold"))
+    on.print(grid)

@@ -1,0 +1,102 @@
+"""The README does what it says: every example runs, the ACL is enough, the tables are there."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import psycopg
+import pytest
+import redis
+
+from redishacks.counters import BufferedCounter, FlushJob
+from redishacks.sinks import PostgresSink
+
+README = (Path(__file__).parents[1] / "README.md").read_text()
+
+
+def blocks(language: str) -> list[str]:
+    """Return the fenced blocks of a language."""
+    return re.findall(rf"^```{language}\n(.*?)^```", README, re.M | re.S)
+
+
+def test_every_python_example_runs(valkey: Any, pg_dsn: str, prefix: str) -> None:
+    """The examples run one after another, as a reader would type them."""
+    with psycopg.connect(pg_dsn) as db:
+        db.execute("CREATE TABLE pages (path text PRIMARY KEY, hits bigint)")
+        db.execute("CREATE TABLE views (path text PRIMARY KEY, n bigint)")
+    PostgresSink(pg_dsn, table="pages", key="path", columns={"amount": "hits"}).create_ledger()
+    names: dict[str, Any] = {"__name__": "readme"}
+    with redis.Redis.from_url(valkey.url) as raw:
+        raw.flushdb()
+    for block in blocks("python"):
+        code = block.replace("redis://localhost:6379", valkey.url)
+        code = code.replace("postgresql://localhost/app", pg_dsn)
+        # An expression with a result in its comment is a promise.
+        code = re.sub(r"^(\w.*?\))\s+# .*: (\S.*)$", r"assert \1 == \2, \1", code, flags=re.M)
+        exec(compile(code, "README.md", "exec"), names)
+    assert names["report"].rows == 3
+    assert names["issues"].pending(42) == 1
+    assert names["fast"].pending("/index.html") == 1000
+    assert names["job"].value("/index.html") == 1004
+    with psycopg.connect(pg_dsn) as db:
+        assert db.execute("SELECT n FROM views").fetchall() == [(1,)]
+    names["sink"].close()
+    names["hits"].transport.close()
+
+
+def test_promised_results_are_checked() -> None:
+    """The examples above do promise results, else the test before this one sees nothing."""
+    found = re.findall(r"^(\w.*?\))\s+# .*: (\S.*)$", "\n".join(blocks("python")), re.M)
+    assert len(found) >= 3
+
+
+def test_the_acl_is_enough(valkey: Any, pg_dsn: str) -> None:
+    """A user with the rights the README lists can count, read, flush and be looked at."""
+    line = re.search(r"^user counters on (.*)$", README, re.M)
+    assert line is not None
+    with psycopg.connect(pg_dsn) as db:
+        db.execute("CREATE TABLE pages (path text PRIMARY KEY, hits bigint)")
+    with redis.Redis.from_url(valkey.url) as raw:
+        raw.execute_command("ACL", "SETUSER", "counters", "reset", "on", *line[1].split())
+        try:
+            user = redis.Redis(port=valkey.port, username="counters", password="password")
+            with BufferedCounter(user, "acl", linger=60) as hits:
+                hits.incr("/a")
+            hits = BufferedCounter(user, "acl")
+            hits.incr_many({"/a": 1})
+            assert (hits.pending("/a"), hits.top()) == (2, [("/a", 2)])
+            sink = PostgresSink(pg_dsn, table="pages", key="path", columns={"amount": "hits"})
+            sink.create_ledger()
+            job = FlushJob(hits, sink)
+            assert job.value("/a") == 2
+            assert job.status().pending_ids == 1
+            assert job.run().rows == 1
+            job.rebind()
+            sink.close()
+            user.close()
+        finally:
+            raw.execute_command("ACL", "DELUSER", "counters")
+
+
+def test_the_cron_line_is_understood() -> None:
+    """The options of the cron line are options of the command."""
+    line = re.search(r"^\* \* \* \* \* redishacks flush (\S+) (.*)$", README, re.M)
+    assert line is not None
+    shown = subprocess.run(
+        [sys.executable, "-m", "redishacks", "flush", "--help"],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    for option in re.findall(r"--\w+", line[2]):
+        assert option in shown
+
+
+@pytest.mark.parametrize("name", re.findall(r"^\| `(redishacks\.\w+)` \|", README, re.M))
+def test_every_tool_of_the_table_is_there(name: str) -> None:
+    """Each module of the table imports alone."""
+    subprocess.run([sys.executable, "-W", "error", "-c", f"import {name}"], check=True)
