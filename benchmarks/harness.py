@@ -86,7 +86,11 @@ def ratio_row(
     a, b = figures[ours], figures[peer]
     ratio = a.rate / b.rate
     return Row(
-        what, f"{a.rate:,.0f}{unit}", f"{b.rate:,.0f}{unit}", f"{target:g}×", f"{ratio:.2f}×",
+        what,
+        f"{a.rate:,.0f}{unit}",
+        f"{b.rate:,.0f}{unit}",
+        f"{target:g}×",
+        f"{ratio:.2f}×",
         ratio >= target,
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import secrets
@@ -9,7 +10,6 @@ import signal
 import sqlite3
 import threading
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import psycopg
@@ -17,6 +17,7 @@ import pytest
 import redis
 
 from redishacks.counters import BufferedCounter, FlushJob
+from redishacks.errors import UnavailableError
 from redishacks.testing import FaultProxy
 from tests import workers
 from tests.helpers import eventually
@@ -87,8 +88,14 @@ class Case:
     ) -> None:
         """Start the flusher."""
         self.process = workers.start(
-            workers.flush, redis_url or self.valkey.url, self.prefix,
-            sql_url or self.database.url, CHUNK, at, action, self.theirs,
+            workers.flush,
+            redis_url or self.valkey.url,
+            self.prefix,
+            sql_url or self.database.url,
+            CHUNK,
+            at,
+            action,
+            self.theirs,
         )
 
     def more(self) -> None:
@@ -184,10 +191,8 @@ def test_a_zombie_changes_nothing(valkey: Any, database: Database) -> None:
         sink = workers.make_sink(database.url)
         job = FlushJob(case.counter, sink, chunk=5)
         while database.shown() != case.truth:
-            try:
+            with contextlib.suppress(UnavailableError):
                 job.run()
-            except Exception as error:
-                assert "locked" in str(error)
             assert time.monotonic() - began < 30, at
         sink.close()
         os.kill(case.process.pid, signal.SIGCONT)
@@ -251,11 +256,11 @@ def test_a_batch_met_again_with_other_content_is_a_dead_letter(
 
 
 @pytest.fixture
-def seed() -> Iterator[int]:
+def seed() -> int:
     """A seed, printed when the test fails."""
     number = int(os.environ.get("REDISHACKS_SEED") or secrets.randbits(32))
     print(f"\nREDISHACKS_SEED={number}")
-    yield number
+    return number
 
 
 @pytest.mark.parametrize("all_linger", [True, False])

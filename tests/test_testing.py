@@ -451,10 +451,9 @@ def test_dropped_reply_without_a_cut(
 ) -> None:
     """With `cut=False` the reply is missing and the connection stays open."""
     faulty.drop_reply(of="incrby", cut=False)
-    client.connection_pool.connection_kwargs["socket_timeout"] = 0.2
-    client.connection_pool.disconnect()
-    with pytest.raises(redis.TimeoutError):
-        client.incr(prefix)
+    hasty = redis.Redis.from_url(faulty.url, retry=Retry(NoBackoff(), 0), socket_timeout=0.2)
+    with closing(hasty), pytest.raises(redis.TimeoutError):
+        hasty.incr(prefix)
     assert direct.get(prefix) == b"1"
 
 

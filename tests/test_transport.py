@@ -95,9 +95,7 @@ def test_settings_come_from_the_client(colour: Colour, valkey: Server, prefix: s
     assert "resp=3" in colour.to(valkey, protocol=3).call(Command(("CLIENT", "INFO"))).decode()
 
 
-def test_urls_are_read_as_redis_py_reads_them(
-    colour: Colour, valkey: Server, prefix: str
-) -> None:
+def test_urls_are_read_as_redis_py_reads_them(colour: Colour, valkey: Server, prefix: str) -> None:
     """TCP and unix socket URLs lead to the same server; one URL has one transport."""
     tcp = colour.connect(valkey.url)
     unix = colour.connect(valkey.unix_url)
@@ -274,9 +272,7 @@ class OwnAsyncConnection(redis.asyncio.Connection):
 
 
 @pytest.mark.parametrize("protocol", [2, 3])
-def test_connection_classes_of_the_users_own(
-    colour: Colour, prefix: str, protocol: int
-) -> None:
+def test_connection_classes_of_the_users_own(colour: Colour, prefix: str, protocol: int) -> None:
     """Unknown connection classes keep the promises: no repetition, a deadline, no old socket."""
     with valkey_server(requirepass="secret") as server:
         made = (OwnAsyncConnection if colour.runner else OwnConnection, server.port)

@@ -19,8 +19,12 @@ from typing import Any
 from redishacks import _drive
 from redishacks._command import Ask, Call, Command
 from redishacks.counters import BufferedCounter, FlushJob
-from redishacks.errors import MaybeAppliedError, PartlyAppliedError, RedisHacksError
-from redishacks.errors import UnavailableError
+from redishacks.errors import (
+    MaybeAppliedError,
+    PartlyAppliedError,
+    RedisHacksError,
+    UnavailableError,
+)
 from redishacks.sinks import PostgresSink, SQLiteSink
 
 _CONTEXT = mp.get_context("forkserver")
@@ -46,7 +50,13 @@ def make_sink(url: str, mode: str = "upsert", table: str = "pages") -> Any:
 
 
 def flush(
-    redis_url: str, prefix: str, sql_url: str, chunk: int, at: int, action: str, pipe: Any,
+    redis_url: str,
+    prefix: str,
+    sql_url: str,
+    chunk: int,
+    at: int,
+    action: str,
+    pipe: Any,
     mode: str = "upsert",
 ) -> None:
     """Run one flush; before its step number `at` do `action`; tell how many steps there were.

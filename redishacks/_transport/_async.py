@@ -511,6 +511,7 @@ class Site:
             yield
         finally:
             self.close()
+            await asyncio.sleep(0)  # lets foreign connections say goodbye
 
 
 class AsyncTransport:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Coroutine, Mapping, Sequence
 from time import monotonic
 from typing import Any, Protocol
 
@@ -93,12 +93,11 @@ class ForeignLink:
 
 
 class AsyncConnection(Protocol):
-    """What redis.asyncio's connections document."""
+    """What we use of redis.asyncio's connections."""
 
     async def connect(self) -> None: ...
-    async def disconnect(self, nowait: bool = ...) -> None: ...
+    def disconnect(self, nowait: bool = ...) -> Coroutine[Any, Any, None]: ...
     async def send_packed_command(self, command: bytes, check_health: bool = ...) -> None: ...
-    async def can_read_destructive(self) -> bool: ...
     async def read_response(self, disable_decoding: bool = ...) -> Any: ...
 
 
@@ -109,6 +108,7 @@ class ForeignNode:
         self.address = settings.address
         self._settings = settings
         self._idle: deque[tuple[AsyncConnection, float]] = deque()
+        self._closing: set[asyncio.Task[None]] = set()
 
     def ready(self, now: float) -> None:
         """There is no short way."""
@@ -135,16 +135,24 @@ class ForeignNode:
         self._idle.append((connection, monotonic()))
         return found
 
-    def retire(self) -> None:
-        """Let the idle connections go; redis-py closes them when they are collected."""
-        self._idle.clear()
+    def close(self) -> None:
+        """Close the idle connections, in tasks of the running loop."""
+        while self._idle:
+            connection, _ = self._idle.pop()
+            task = asyncio.get_running_loop().create_task(connection.disconnect(nowait=True))
+            self._closing.add(task)
+            task.add_done_callback(self._closing.discard)
 
-    close = abandon = retire
+    retire = close
+
+    def abandon(self) -> None:
+        """Forget them: they belong to a parent process or to a closed loop."""
+        self._idle.clear()
 
     async def _borrow(self) -> AsyncConnection:
         while self._idle:
             connection, since = self._idle.pop()
-            if monotonic() - since < LOOK_AFTER or not await connection.can_read_destructive():
+            if monotonic() - since < LOOK_AFTER or not await _has_data(connection):
                 return connection
             await connection.disconnect(nowait=True)
         made: AsyncConnection = _instance(self._settings, AsyncRetry)
@@ -154,6 +162,15 @@ class ForeignNode:
         except (redis.RedisError, OSError) as error:
             raise _unreachable(error) from None
         return made
+
+
+async def _has_data(connection: Any) -> bool:
+    # Data, or the end of the stream: either way of no more use. redis-py 8 has the first name.
+    look = getattr(connection, "can_read", None) or connection.can_read_destructive
+    try:
+        return bool(await look())
+    except (redis.RedisError, OSError):
+        return True
 
 
 def _instance(settings: Settings, retry: Any) -> Any:

@@ -13,6 +13,7 @@ import ssl
 import struct
 import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import Mapping, Sequence
 from time import monotonic
@@ -97,10 +98,12 @@ class Channel(Protocol):
 class Link:
     """A connection of our own: a socket and a parser."""
 
-    __slots__ = ("_hot", "_poll", "_reader", "_sock", "_timeout", "_tls", "since")
+    __slots__ = ("__weakref__", "_hot", "_poll", "_reader", "_sock", "_timeout", "_tls", "since")
 
     def __init__(self, sock: socket.socket) -> None:
         self.since = 0.0
+        # Closes it, without a warning, when the transport is no longer needed by anybody.
+        weakref.finalize(self, sock.close).atexit = False
         self._sock = sock
         self._reader = new_reader()
         self._tls: Tls | None = None

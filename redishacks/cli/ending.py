@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from redishacks.cli import show
 from redishacks.counters import FlushJob
 from redishacks.errors import (
     MaybeAppliedError,
@@ -85,18 +86,22 @@ def worst(exits: Iterable[Exit]) -> Exit:
 
 
 def for_each(
-    jobs: Sequence[FlushJob],
-    action: Callable[[FlushJob], Exit],
-    failed: Callable[[FlushJob, RedisHacksError, Exit], None],
+    jobs: Sequence[FlushJob], action: Callable[[FlushJob], Exit], as_json: bool
 ) -> Exit:
-    """Do the same with every job, whatever becomes of the others; return the worst exit code."""
+    """Do the same with every job, whatever becomes of the others; return the worst exit code.
+
+    With JSON, an error also takes the place of the object that the action would have printed.
+    """
     exits = []
     for job in jobs:
         try:
             exits.append(action(job))
         except RedisHacksError as error:
-            exits.append(tell(error, job.layout.full_name))
-            failed(job, error, exits[-1])
+            name = job.layout.full_name
+            exits.append(tell(error, name))
+            if as_json:
+                reason = {"counter": name, "error": one_line(error), "exit_code": exits[-1]}
+                show.print_json(reason)
     return worst(exits)
 
 

@@ -15,10 +15,9 @@ from rich.live import Live
 from rich.text import Text
 
 from redishacks.cli import show
-from redishacks.cli.ending import Exit, for_each, one_line, worst
+from redishacks.cli.ending import Exit, for_each
 from redishacks.cli.target import with_jobs
 from redishacks.counters import FlushJob, FlushReport
-from redishacks.errors import RedisHacksError
 
 #: How many of the hottest ids a dry run shows.
 _HOTTEST = 10
@@ -147,7 +146,7 @@ class _Run:
     def all(self) -> Exit:
         """Run every job once; one that fails does not stop the others."""
         self._began = time.monotonic()
-        return for_each(self._jobs, self._one, self._failed)
+        return for_each(self._jobs, self._one, self._as_json)
 
     def _left(self) -> float | None:
         return None if self._budget is None else self._budget + self._began - time.monotonic()
@@ -163,12 +162,6 @@ class _Run:
         elif self._err.is_terminal:
             self._err.print(Text(f"{job.layout.full_name}: {_told(report)}"))
         return Exit.DONE
-
-    def _failed(self, job: FlushJob, error: RedisHacksError, ended: Exit) -> None:
-        if self._as_json:
-            show.print_json(
-                {"counter": job.layout.full_name, "error": one_line(error), "exit_code": ended}
-            )
 
     @contextlib.contextmanager
     def _watched(self, job: FlushJob) -> Iterator[None]:
@@ -250,7 +243,7 @@ def _dry_run(jobs: Sequence[FlushJob], as_json: bool) -> Exit:
             *((f"sum of {name}", f"{total:,}") for name, total in status.pending_amount.items()),
             *(
                 (f"batch {batch.id[:8]}",
-                 f"{batch.ids:,} ids, {len(written[batch.id]):,} chunks of it written, "
+                 f"{batch.ids:,} ids, {len(written[batch.id]):,} of {batch.chunks:,} chunks written, "
                  f"claimed {show.ago(batch.age)}")
                 for batch in status.batches
             ),
@@ -259,10 +252,4 @@ def _dry_run(jobs: Sequence[FlushJob], as_json: bool) -> Exit:
         show.facts(status.counter, rows, out)
         return Exit.DONE
 
-    def failed(job: FlushJob, error: RedisHacksError, ended: Exit) -> None:
-        if as_json:
-            show.print_json(
-                {"counter": job.layout.full_name, "error": one_line(error), "exit_code": ended}
-            )
-
-    return for_each(jobs, look, failed)
+    return for_each(jobs, look, as_json)

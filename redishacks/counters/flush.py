@@ -55,6 +55,8 @@ class BatchStatus(NamedTuple):
     ids: int
     #: Seconds since its claim.
     age: float
+    #: Into how many chunks, each one SQL transaction, it is cut.
+    chunks: int
 
 
 class CounterStatus(NamedTuple):
@@ -122,7 +124,7 @@ class _Job:
         self._stopping = True
 
     def so_far(self) -> FlushReport:
-        """Return the figures of the run in progress, or of the last one; for another thread to show."""
+        """Return the figures of the run in progress, or of the last one; safe in any thread."""
         return self._progress.report()
 
     # The run
@@ -355,7 +357,7 @@ class _Job:
                 if batch is not None:
                     oldest.append(batch.since)
                     age = (now - claimed) / 1e6
-                    batches.append(BatchStatus(batch_id, batch.size, age))
+                    batches.append(BatchStatus(batch_id, batch.size, age, batch.chunks))
         flushed = [state.flushed for state in states if state.flushed is not None]
         dead = yield from call(self.sink.dead_count, self.layout.full_name)
         return CounterStatus(

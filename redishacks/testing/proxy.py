@@ -89,7 +89,7 @@ class FaultProxy:
         """Swallow the n-th reply from now on, then cut its connection unless `cut=False`.
 
         The server has applied what was asked; the client gets all replies before, not this one.
-        `of` counts only replies to requests that begin with these words, as they are on the wire
+        `of` counts only replies to requests that begin with these whole words, as they are on the wire
         (redis-py's `incr` says INCRBY), in upper or lower case: `"ZADD board"`, `"EVALSHA"`,
         `"COMMIT"`, `"INSERT INTO ledger"`.
         """
@@ -329,7 +329,7 @@ class _Trigger:
         self.left = n
         self.forward = forward
         self.cut = cut
-        self._of = re.compile(rf"\s*{re.escape(of)}(?!\w)", re.IGNORECASE) if of else None
+        self._of = re.compile(rf"\s*{re.escape(of)}(?![^\s;(])", re.IGNORECASE) if of else None
 
     def matches(self, piece: Piece) -> bool:
         """Return whether any statement of the request begins with the words asked for."""

@@ -1,0 +1,300 @@
+"""What would hurt a counter: looked up, judged and explained.
+
+    for finding in examine(job):
+        print(finding.level, finding.what, finding.why, finding.do)
+
+It only reads: Redis' INFO, CONFIG GET save and the state of the counter, and in SQL what a flush
+would look at before it claims. The judgements are functions of what was read, without I/O. The
+command line's `redishacks doctor` prints them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from enum import StrEnum
+from typing import Any, NamedTuple
+
+from redishacks._command import Command
+from redishacks.counters import FlushJob
+from redishacks.counters.commands import State
+from redishacks.errors import RedisHacksError, SchemaError, ServerError, UnavailableError
+
+#: Seconds after which unflushed hits mean that nobody flushes; cron's pause is a minute.
+LATE = 600.0
+
+_OLDEST = (6, 2)
+
+
+class Level(StrEnum):
+    """How bad a finding is."""
+
+    FINE = "fine"
+    #: Cannot hurt redishacks itself; worth knowing.
+    WARNING = "warning"
+    WRONG = "wrong"
+    #: It could not be looked at.
+    UNKNOWN = "unknown"
+
+
+class Finding(NamedTuple):
+    """One check: what was found, why it hurts, what to do."""
+
+    check: str
+    level: Level
+    what: str
+    why: str = ""
+    do: str = ""
+
+
+class ServerFacts(NamedTuple):
+    """What a server says of itself."""
+
+    info: Mapping[str, str]
+    #: When it writes RDB snapshots; None when it does not tell.
+    save: str | None
+
+
+def examine(job: FlushJob) -> list[Finding]:
+    """Check a job's Redis servers, its counter, its client and its database.
+
+    A check that cannot be made is a finding too (`Level.UNKNOWN`); errors are not raised.
+    """
+    findings = judge_client(retries_of(job.counter.client))
+    try:
+        states = _states(job)
+        for facts in _servers(job, states):
+            findings += judge_server(facts)
+        findings += judge_counter(states, job.sink.destination())
+    except RedisHacksError as error:
+        findings.append(_not_seen("redis", error))
+    return findings + _database(job)
+
+
+# Looking
+
+
+def _states(job: FlushJob) -> list[State]:
+    outcomes = job.counter.transport.run(job.layout.states(), job.counter.deadline)
+    return [outcome.result() for outcome in outcomes]
+
+
+def _servers(job: FlushJob, states: Sequence[State]) -> list[ServerFacts]:
+    """Ask every server that holds a partition, each once."""
+    found: dict[str, ServerFacts] = {}
+    for state in states:
+        key = job.layout.state(state.partition).keys[:1]
+        info = _say(job, Command(("INFO",), key, _info, repeatable=True, bulk=True))
+        name = info.get("run_id", "")
+        if name not in found:
+            ask_save = Command(("CONFIG", "GET", "save"), key, _setting, repeatable=True)
+            try:
+                save = _say(job, ask_save)
+            except ServerError:  # no right to ask, as on many managed servers
+                save = None
+            found[name] = ServerFacts(info, save)
+    return list(found.values())
+
+
+def _say(job: FlushJob, command: Command[Any]) -> Any:
+    return job.counter.transport.call(command, job.counter.deadline)
+
+
+def _info(reply: bytes | str) -> dict[str, str]:
+    text = reply.decode(errors="replace") if isinstance(reply, bytes) else reply
+    fields = (line.partition(":") for line in text.splitlines() if ":" in line)
+    return {name: value for name, _, value in fields}
+
+
+def _setting(reply: Any) -> str | None:
+    """Read CONFIG GET of one setting: a flat list in RESP2, a map in RESP3."""
+    values = list(reply.values()) if isinstance(reply, dict) else reply[1::2]
+    return values[0].decode() if values else None
+
+
+def retries_of(client: Any) -> int:
+    """Return how often a redis-py client repeats a command whose reply was lost."""
+    asked = getattr(client, "get_retry", None)
+    retry = asked() if asked is not None else getattr(client, "retry", None)
+    count = getattr(retry, "get_retries", None)
+    return int(count()) if count is not None else 0
+
+
+def _database(job: FlushJob) -> list[Finding]:
+    try:
+        job.sink.begin(job.layout.columns.rules)
+        dead = job.sink.dead_count(job.layout.full_name)
+    except SchemaError as error:
+        return [
+            Finding(
+                "database",
+                Level.WRONG,
+                str(error),
+                "every flush ends with exit code 78, and hits pile up in Redis",
+                error.ddl.strip(),
+            )
+        ]
+    except RedisHacksError as error:
+        return [_not_seen("database", error)]
+    return [
+        Finding("database", Level.FINE, "tables, columns and grants are there"),
+        *judge_dead(dead),
+    ]
+
+
+def _not_seen(check: str, error: RedisHacksError) -> Finding:
+    away = isinstance(error, UnavailableError)
+    return Finding(check, Level.UNKNOWN if away else Level.WRONG, str(error))
+
+
+# Judging
+
+
+def judge_client(retries: int) -> list[Finding]:
+    """Judge the client that the counter was given."""
+    if retries < 1:
+        return [Finding("client", Level.FINE, "repeats nothing by itself")]
+    return [
+        Finding(
+            "client",
+            Level.WARNING,
+            f"repeats a command up to {retries} times when its reply is lost, as redis-py does "
+            "by default",
+            "redishacks does not use these retries, but an INCR or ZINCRBY of your own through "
+            "this client can count twice, with no error shown",
+            "make it with retry=Retry(NoBackoff(), 0) where you write with it, or count with "
+            "redishacks only",
+        )
+    ]
+
+
+def judge_server(facts: ServerFacts) -> list[Finding]:
+    """Judge a server's version, eviction and persistence."""
+    info = facts.info
+    return [_version(info), _eviction(info), _persistence(info, facts.save)]
+
+
+def _version(info: Mapping[str, str]) -> Finding:
+    version = info.get("redis_version", "0")
+    name = f"Valkey {info['valkey_version']}" if "valkey_version" in info else f"Redis {version}"
+    if _numbers(version) >= _OLDEST:
+        return Finding("version", Level.FINE, name)
+    return Finding(
+        "version",
+        Level.WRONG,
+        f"{name} is older than 6.2",
+        "it lacks commands that a flush needs, such as ZMSCORE",
+        "move to Redis 6.2 or later, or to Valkey",
+    )
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in version.split(".") if part.isdigit())
+
+
+def _eviction(info: Mapping[str, str]) -> Finding:
+    policy = info.get("maxmemory_policy", "noeviction")
+    limited = info.get("maxmemory", "0") != "0"
+    if not (limited and policy.startswith("allkeys-")):
+        # Keys with counts have no TTL, which the volatile policies leave alone.
+        return Finding("eviction", Level.FINE, f"{policy} drops no pending key")
+    return Finding(
+        "eviction",
+        Level.WRONG,
+        f"maxmemory-policy is {policy}, with a memory limit",
+        "when memory is short, Redis drops pending hits as if they were cached copies",
+        "CONFIG SET maxmemory-policy noeviction (or volatile-lru, which spares keys without a "
+        "TTL), or keep counters on a server of their own",
+    )
+
+
+def _persistence(info: Mapping[str, str], save: str | None) -> Finding:
+    aof = info.get("aof_enabled") == "1"
+    failing = [
+        name
+        for name in ("aof_last_write_status", "rdb_last_bgsave_status")
+        if info.get(name, "ok") != "ok" and (aof or name.startswith("rdb"))
+    ]
+    if failing:
+        return Finding(
+            "persistence",
+            Level.WRONG,
+            f"the last write to disk failed ({', '.join(failing)})",
+            "a restart of Redis loses the hits that are not yet in SQL",
+            "see Redis' own log; a full disk is the usual cause",
+        )
+    if aof or save:
+        return Finding("persistence", Level.FINE, "AOF is on" if aof else f"RDB: save {save}")
+    if save is None:
+        return Finding("persistence", Level.FINE, "AOF is off; the server does not tell about RDB")
+    return Finding(
+        "persistence",
+        Level.WRONG,
+        "nothing is written to disk: AOF is off and `save` is empty",
+        "a restart of Redis loses all hits that are not yet in SQL",
+        "CONFIG SET appendonly yes (loses a second at most), or set `save`",
+    )
+
+
+def judge_counter(states: Sequence[State], destination: str) -> list[Finding]:
+    """Judge where a counter stands."""
+    now = max(state.now for state in states)
+    waiting = _age(now, (state.since for state in states))
+    claimed = _age(now, (at for state in states for at in state.batches.values()))
+    return [
+        _late(
+            "pending",
+            waiting,
+            "hits wait",
+            "is cron running? A line such as\n"
+            "* * * * * redishacks flush myapp.counters:jobs --every 10 --for 60",
+        ),
+        _late(
+            "batches",
+            claimed,
+            "a claimed batch waits",
+            "run `redishacks flush` by hand: it finishes it, or says why it cannot",
+        ),
+        *(
+            Finding(
+                "destination",
+                Level.WRONG,
+                f"the counter flushes to {state.destination}, and this job to {destination}",
+                "a flush by this job is refused, since the other one's ledger knows what is done",
+                "correct the job, or call its rebind() once the batches in flight are done",
+            )
+            for state in states[:1]
+            if state.destination not in (None, destination)
+        ),
+    ]
+
+
+def _age(now: int, moments: Iterable[int | None]) -> float | None:
+    known = [moment for moment in moments if moment is not None]
+    return (now - min(known)) / 1e6 if known else None
+
+
+def _late(check: str, age: float | None, what: str, do: str) -> Finding:
+    if age is None or age <= LATE:
+        return Finding(check, Level.FINE, f"nothing waits longer than {LATE / 60:.0f} minutes")
+    return Finding(
+        check,
+        Level.WRONG,
+        f"{what} to be written since {age / 60:.0f} minutes",
+        "SQL shows old figures, and Redis' memory grows",
+        do,
+    )
+
+
+def judge_dead(count: int) -> list[Finding]:
+    """Judge the dead letters."""
+    if not count:
+        return [Finding("dead letters", Level.FINE, "none")]
+    return [
+        Finding(
+            "dead letters",
+            Level.WRONG,
+            f"{count:,} amounts were refused by the database and wait for you",
+            "they are missing in the table",
+            "`redishacks dead` lists them with the reasons; `--retry` applies them again",
+        )
+    ]
