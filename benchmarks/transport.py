@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import socket
 import statistics
 import threading
@@ -25,8 +26,6 @@ DEADLINE = 0.2
 
 
 def _command() -> Command[Any]:
-    import hashlib
-
     script = Script("bench", SOURCE, hashlib.sha1(SOURCE).hexdigest().encode())
     return Command((1,), (b"bench",), int, script)
 
@@ -75,7 +74,12 @@ def async_contenders(
     """Return ours and redis-py's, each with so many tasks."""
     transport = connect_async(redis.asyncio.Redis.from_url(url))
     peer = redis.asyncio.Redis.from_url(url)
-    sha = runner.run(peer.script_load(SOURCE.decode()))
+    sha = hashlib.sha1(SOURCE).hexdigest()
+
+    async def load() -> None:
+        await peer.script_load(SOURCE.decode())
+
+    runner.run(load())
     command = _command()
 
     async def ours() -> None:
@@ -84,7 +88,7 @@ def async_contenders(
 
     async def theirs() -> None:
         for _ in range(calls):
-            await peer.evalsha(sha, 1, "bench", 1)  # type: ignore[misc]
+            await peer.evalsha(sha, 1, "bench", 1)
 
     async def gather(work: Any) -> None:
         await asyncio.gather(*(work() for _ in range(tasks)))

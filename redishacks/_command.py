@@ -86,7 +86,17 @@ class Call(NamedTuple):
     args: tuple[Any, ...]
 
 
-Effect: TypeAlias = Command[Any] | Ask | Sleep | Call
+class Meanwhile(NamedTuple):
+    """Effect: call a function, and say commands while it runs; resumed with both results.
+
+    When the call fails its error is raised, and what became of the commands is not told.
+    """
+
+    call: Call
+    ask: Ask
+
+
+Effect: TypeAlias = Command[Any] | Ask | Sleep | Call | Meanwhile
 Steps: TypeAlias = Generator[Effect, Any, T]
 
 

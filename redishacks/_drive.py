@@ -6,9 +6,10 @@ import asyncio
 import inspect
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol, TypeVar
 
-from redishacks._command import Ask, Call, Command, Effect, Outcome, Sleep, Steps
+from redishacks._command import Ask, Call, Command, Effect, Meanwhile, Outcome, Sleep, Steps
 
 T = TypeVar("T")
 
@@ -48,6 +49,11 @@ def perform(effect: Effect, transport: Transport | None, deadline: float) -> Any
     assert transport is not None
     if isinstance(effect, Ask):
         return transport.run(effect.commands, deadline)
+    if isinstance(effect, Meanwhile):
+        with ThreadPoolExecutor(1, "redishacks-meanwhile") as pool:
+            asked = pool.submit(transport.run, effect.ask.commands, deadline)
+            called = effect.call.function(*effect.call.args)
+        return called, asked.result()
     return transport.call(effect, deadline)
 
 
@@ -62,6 +68,14 @@ async def perform_async(effect: Effect, transport: AsyncTransport | None, deadli
     assert transport is not None
     if isinstance(effect, Ask):
         return await transport.run(effect.commands, deadline)
+    if isinstance(effect, Meanwhile):
+        asked = asyncio.ensure_future(transport.run(effect.ask.commands, deadline))
+        try:
+            called = await perform_async(effect.call, transport, deadline)
+        except BaseException:
+            asked.cancel()
+            raise
+        return called, await asked
     return await transport.call(effect, deadline)
 
 

@@ -46,9 +46,9 @@ def id_bytes(value: str | int | bytes) -> bytes:
         raw = b"%d" % value
     else:
         raise UsageError(f"an id is a str, an int or bytes, not {type(value).__name__}: {value!r}")
-    if not 0 < len(raw) <= MAX_ID:
-        raise UsageError(f"an id has 1 to {MAX_ID} bytes, and this one has {len(raw)}")
-    return raw
+    if 0 < len(raw) <= MAX_ID:
+        return raw
+    raise UsageError(f"an id has 1 to {MAX_ID} bytes, and this one has {len(raw)}")
 
 
 def id_shown(raw: bytes) -> str | bytes:

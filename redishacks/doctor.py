@@ -113,10 +113,13 @@ def _setting(reply: Any) -> str | None:
 
 def retries_of(client: Any) -> int:
     """Return how often a redis-py client repeats a command whose reply was lost."""
-    asked = getattr(client, "get_retry", None)
-    retry = asked() if asked is not None else getattr(client, "retry", None)
-    count = getattr(retry, "get_retries", None)
-    return int(count()) if count is not None else 0
+    asked = getattr(client, "get_connection_kwargs", dict)
+    options: Mapping[str, Any] = asked()
+    # A cluster client has a policy of its own, and keeps it out of its connections' options.
+    retry = getattr(client, "retry", None) or options.get("retry")
+    if retry is not None:
+        return int(retry.get_retries())
+    return 1 if options.get("retry_on_timeout") or options.get("retry_on_error") else 0
 
 
 def _database(job: FlushJob) -> list[Finding]:

@@ -70,6 +70,11 @@ class Colour:
         else:
             time.sleep(seconds)
 
+    def after(self, seconds: float, function: Callable[..., Any], *args: Any) -> Any:
+        """Let time pass, then call a function."""
+        self.sleep(seconds)
+        return function(*args)
+
     def close(self) -> None:
         """End the loop."""
         if self._runner:

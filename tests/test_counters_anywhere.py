@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -128,8 +129,16 @@ def test_no_replica_answers(prefix: str) -> None:
             job.run()
         assert sink.rows == {}
         assert job.value("/a") == 1
-        report = job.run()
-        assert (report.recovered, report.rows) == (1, 1)
+
+        def confirmed() -> bool:
+            with contextlib.suppress(UnavailableError):
+                report = job.run()
+                assert (report.recovered, report.rows) == (1, 1)
+                return True
+            return False
+
+        eventually(confirmed)
+        assert sink.rows == {b"/a": {"amount": 1}}
 
 
 def test_in_a_users_unit_test(colour: Colour, prefix: str) -> None:
@@ -148,7 +157,7 @@ def test_a_decoding_client_changes_nothing(
     hits = colour.counter(client, "hits", prefix=prefix)
     hits.incr(b"\xff")
     hits.incr("é")
-    assert sorted(hits.top(), key=str) == [(b"\xff", 1), ("é", 1)]
+    assert dict(hits.top()) == {b"\xff": 1, "é": 1}
 
 
 def test_urls_of_every_sort(valkey: Any, prefix: str) -> None:

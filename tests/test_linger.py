@@ -54,7 +54,7 @@ def test_hits_are_merged_and_sent(colour: Colour, valkey: Any, prefix: str) -> N
         hits.incr("/é")
         hits.incr_many({"/a": {"amount": 1}, b"/a": {"amount": 1}})
     colour.sleep(0.1)
-    eventually(lambda: colour.sleep(0.02) or total(valkey.url, prefix) == 60)
+    eventually(lambda: colour.after(0.02, total, valkey.url, prefix) == 60)
     assert hits.pending("/a") == 50
     assert hits.pending("/a", "seen") == 9
     assert hits.pending("/a", "low") == -9
@@ -172,7 +172,7 @@ def test_a_full_buffer_says_so(colour: Colour, prefix: str) -> None:
             assert len(refusals) == 5
             assert "50 ids are buffered" in refusals[0]
             assert accepted <= 51
-        eventually(lambda: colour.sleep(0.01) or total(server.url, prefix) == accepted)
+        eventually(lambda: colour.after(0.01, total, server.url, prefix) == accepted)
         hits.incr("/again")
         hits.close()
         assert total(server.url, prefix) == accepted + 1
@@ -449,3 +449,32 @@ def test_memory_is_bounded_in_a_burst(valkey: Any, prefix: str) -> None:
                 assert hits._coalescer.buffer.held() <= 1_000
     assert total(valkey.url, prefix) == 20_000
     assert os.getpid() > 0
+
+
+def test_greenlets_count_and_send(valkey: Any, prefix: str) -> None:
+    """Under gevent's patches hits are counted by greenlets and sent by one of its own."""
+    done = run(
+        """
+        from gevent import monkey
+        monkey.patch_all()
+        import gevent, sys, time
+        from redishacks.counters import BufferedCounter
+        hits = BufferedCounter(sys.argv[1], "hits", prefix=sys.argv[2], linger=0.02)
+        direct = BufferedCounter(sys.argv[1], "hits", prefix=sys.argv[2])
+        def work(n):
+            for i in range(50):
+                hits.incr(f"/{i}")
+                direct.incr(f"/{i}")
+                gevent.sleep(0)
+        gevent.joinall([gevent.spawn(work, n) for n in range(20)], raise_error=True)
+        end = time.monotonic() + 10
+        while direct.pending("/7") < 40:
+            assert time.monotonic() < end
+            gevent.sleep(0.01)
+        hits.close()
+        """,
+        valkey.url,
+        prefix,
+    )
+    assert done.returncode == 0, done.stderr
+    assert total(valkey.url, prefix) == 2000

@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -114,6 +115,15 @@ def test_restart_keeps_the_address_and_what_was_written_to_disk() -> None:
         client.close()
 
 
+def test_restart_of_a_paused_server_saves_first() -> None:
+    """A server that is paused obeys a restart as another does: it saves before it ends."""
+    with valkey_server(save=("3600", "1")) as server, closing(plain(server.port)) as client:
+        client.set("kept", 1)
+        server.pause()
+        server.restart()
+        assert client.get("kept") == b"1"
+
+
 def test_paused_server_is_silent_and_goes_on() -> None:
     """A paused server takes a request and answers it only after the pause."""
     with valkey_server() as server, closing(plain(server.port, socket_timeout=0.2)) as client:
@@ -201,6 +211,7 @@ def owner(request: pytest.FixtureRequest) -> Iterator[tuple[Any, list[tuple[int,
         child = int(process.stdout.readline())
         assert all(runs(pid) and directory.exists() for pid, directory in started)
         yield process, started
+        process.kill()
         if child:
             os.kill(child, signal.SIGKILL)
 
@@ -222,6 +233,7 @@ def test_servers_end_when_their_owner_is_killed(owner: Any) -> None:
 def test_interrupt_reaches_the_owner_first(owner: Any) -> None:
     """Ctrl-C reaches the whole foreground group, yet servers serve until their owner ends them."""
     process, started = owner
+    assert process.pid not in {os.getpgid(pid) for pid, _ in started}
     os.killpg(process.pid, signal.SIGINT)
     assert process.stdout.read().strip() == "True"
     process.wait()
@@ -348,7 +360,12 @@ def test_postgres_survives_kill_and_restart() -> None:
         with psycopg.connect(postgres.dsn) as connection:
             connection.execute("CREATE TABLE t AS SELECT current_setting('max_connections') AS n")
         port = postgres.port
-        postgres.kill()
+        with closing(psycopg.connect(postgres.dsn)) as busy, psycopg.connect(postgres.dsn) as seen:
+            busy.pgconn.send_query(b"SELECT count(*) FROM generate_series(1, 1500000)")
+            query = "SELECT true FROM pg_stat_activity WHERE query LIKE '%%count%%' AND pid = %s"
+            wait(lambda: bool(seen.execute(query, [busy.info.backend_pid]).fetchone()))
+            seen.commit()
+            postgres.kill()  # the busy backend notices late, and no new server may start before
         assert not postgres.alive()
         postgres.restart()
         postgres.restart()
@@ -617,6 +634,77 @@ def test_proxy_survives_bytes_that_break_the_protocol(valkey: Server) -> None:
         assert client.ping()
 
 
+def test_faults_reach_connections_that_a_forked_child_holds_too() -> None:
+    """A cut and a refusal take effect although a forked child has copies of the proxy's sockets."""
+    script = """
+        import os, socket, signal, time
+        from redishacks.testing import FaultProxy, valkey_server
+
+        with valkey_server() as server, FaultProxy(server) as proxy:
+            raw = socket.create_connection(("127.0.0.1", proxy.port), timeout=10)
+            raw.sendall(b"PING\\r\\n")
+            assert raw.recv(100) == b"+PONG\\r\\n"
+            child = os.fork()
+            if not child:
+                raw.close()
+                time.sleep(120)
+            try:
+                proxy.cut()
+                print(raw.recv(100))
+                proxy.refuse()
+                print(socket.socket().connect_ex(("127.0.0.1", proxy.port)) != 0)
+                proxy.accept()
+                print(socket.socket().connect_ex(("127.0.0.1", proxy.port)) == 0)
+            finally:
+                os.kill(child, signal.SIGKILL)
+                os.waitpid(child, 0)
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True
+    )
+    assert done.stdout == "b''\nTrue\nTrue\n", done.stderr
+
+
+def test_faults_from_many_threads(valkey: Server, prefix: str) -> None:
+    """Faults set from one thread while others send leave a count between answered and sent."""
+    answered, lost, ended = [0] * 4, [0] * 4, threading.Event()
+
+    def send(n: int, port: int) -> None:
+        with closing(plain(port)) as client:
+            for _ in range(150):
+                try:
+                    client.incr(prefix)
+                    answered[n] += 1
+                except redis.ConnectionError:
+                    lost[n] += 1
+
+    def harm(proxy: FaultProxy) -> None:
+        while not ended.is_set():
+            proxy.drop_reply(of="INCRBY")
+            proxy.drop_request(2, of="INCRBY")
+            proxy.cut_after_request(3, of="INCRBY")
+            proxy.cut(reset=True)
+            seen = proxy.requests
+            while proxy.requests < seen + 30 and not ended.wait(0.001):
+                pass
+
+    with FaultProxy(valkey) as proxy, closing(plain(valkey.port)) as direct:
+        senders = [threading.Thread(target=send, args=(n, proxy.port)) for n in range(4)]
+        harmer = threading.Thread(target=harm, args=(proxy,))
+        for thread in (*senders, harmer):
+            thread.start()
+        for thread in senders:
+            thread.join()
+        ended.set()
+        harmer.join()
+        assert sum(answered) + sum(lost) == 600
+        assert sum(lost) > 0 < sum(answered)
+        proxy.heal()
+        with closing(plain(proxy.port)) as client:
+            assert client.ping()
+        assert sum(answered) <= int(direct.get(prefix)) <= 600
+
+
 def test_proxy_takes_many_forms_of_target(valkey: Server, postgres: Postgres) -> None:
     """A target is a server, a URL over TCP or a unix socket, or a host and a port."""
     for target in (valkey, valkey.url, valkey.unix_url, (valkey.host, valkey.port)):
@@ -757,6 +845,13 @@ def test_push_is_no_reply() -> None:
         ("", True),
         ("PING", False),
     ]
+
+
+def test_attributes_belong_to_the_value_that_follows() -> None:
+    """A RESP3 attribute, alone or nested, is part of the frame of the value it describes."""
+    attribute = b"|1\r\n+ttl\r\n:3600\r\n"
+    values = [attribute + b"$1\r\nv\r\n", b"*2\r\n" + attribute + b":1\r\n:2\r\n", b"+OK\r\n"]
+    assert RespFrames().feed(b"".join(values)) == values
 
 
 def test_postgres_frames_byte_by_byte() -> None:

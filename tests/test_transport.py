@@ -16,12 +16,11 @@ import fakeredis
 import pytest
 import redis
 import redis.asyncio
-from transport_kit import PEM, Colour, bulk, canned, echo, get, incr, scripted, took
 
-from redishacks._command import Command
 from redishacks._transport import connect, connect_async
 from redishacks.errors import MaybeAppliedError, ServerError, UnavailableError, UsageError
 from redishacks.testing import Server, valkey_server
+from tests.transport_kit import PEM, Colour, bulk, canned, echo, get, incr, say, scripted, took
 
 ADD = "return redis.call('INCRBY', KEYS[1], ARGV[1])"
 
@@ -40,8 +39,7 @@ def test_every_command_ends_as_a_value_or_an_error(
 ) -> None:
     """Commands of one run end in their order, each with its own value or error."""
     line = colour.to(valkey, protocol=protocol)
-    key = prefix.encode()
-    wrong = Command(("LPUSH", key, "x"), (key,))
+    wrong = say("LPUSH", "x", key=prefix)
     doubled = incr(prefix)._replace(parse=lambda reply: reply * 2)
     outcomes = line.run([doubled, wrong, scripted(ADD, 5, keys=[prefix]), echo("x")])
     assert [outcome.value for outcome in outcomes] == [2, None, 6, b"x"]
@@ -87,12 +85,12 @@ def test_arguments_that_cannot_be_said_are_refused(colour: Colour, valkey: Serve
 def test_settings_come_from_the_client(colour: Colour, valkey: Server, prefix: str) -> None:
     """Database, name and RESP version of our connections are the client's."""
     line = colour.to(valkey, db=3, client_name=prefix, protocol=2)
-    info = line.call(Command(("CLIENT", "INFO"))).decode()
+    info = line.call(say("CLIENT", "INFO")).decode()
     assert f"name={prefix} db=3 " in f"{info}".replace("  ", " ") or (
         f"name={prefix}" in info and "db=3" in info
     )
     assert "resp=2" in info
-    assert "resp=3" in colour.to(valkey, protocol=3).call(Command(("CLIENT", "INFO"))).decode()
+    assert "resp=3" in colour.to(valkey, protocol=3).call(say("CLIENT", "INFO")).decode()
 
 
 def test_urls_are_read_as_redis_py_reads_them(colour: Colour, valkey: Server, prefix: str) -> None:
@@ -127,7 +125,8 @@ def test_the_wrong_colour_is_refused(valkey: Server) -> None:
         connect(other)
     with pytest.raises(UsageError, match=r"not for asyncio: .* redis.asyncio.Redis"):
         connect_async(sync)
-    for thing in (None, 5, {}, "http://localhost", "redis://localhost:port/"):
+    things: list[Any] = [None, 5, {}, "http://localhost", "redis://localhost:port/"]
+    for thing in things:
         with pytest.raises(UsageError, match=r"client|URL"):
             connect(thing)
 
@@ -172,8 +171,7 @@ def test_a_hook_sees_every_command(colour: Colour, valkey: Server, prefix: str) 
 
     client = colour.module.Redis(port=valkey.port)
     line = colour.connect(client, on_command=hook)
-    key = prefix.encode()
-    wrong = Command(("LPUSH", key, "x"), (key,))
+    wrong = say("LPUSH", "x", key=prefix)
     line.call(incr(prefix))
     with pytest.raises(ServerError):
         line.call(wrong)
@@ -228,7 +226,7 @@ def test_tls_against_a_server_that_speaks_none(colour: Colour, valkey: Server) -
 def test_pushes_are_no_replies(colour: Colour, valkey: Server, prefix: str) -> None:
     """Invalidations that the server pushes between replies are passed over."""
     line, other = colour.to(valkey, protocol=3), valkey.client()
-    assert line.run([Command(("CLIENT", "TRACKING", "ON")), get(prefix)])[1].error is None
+    assert line.run([say("CLIENT", "TRACKING", "ON"), get(prefix)])[1].error is None
     for n in range(50):
         other.set(prefix, n)  # pushed at once, or with the next reply
         assert [one.value for one in line.run([echo(n), get(prefix)])] == [b"%d" % n] * 2
@@ -254,8 +252,7 @@ def test_fakeredis(colour: Colour, prefix: str) -> None:
     line = colour.connect(client)
     command = scripted(ADD, 2, keys=[prefix])
     assert [line.call(command), line.call(command), line.call(get(prefix))] == [2, 4, b"4"]
-    key = prefix.encode()
-    outcomes = line.run([Command(("LPUSH", key, "x"), (key,)), command, echo("é")])
+    outcomes = line.run([say("LPUSH", "x", key=prefix), command, echo("é")])
     assert isinstance(outcomes[0].error, ServerError)
     assert outcomes[0].error.code == "WRONGTYPE"
     assert [one.value for one in outcomes[1:]] == [6, "é".encode()]
@@ -290,8 +287,8 @@ def test_connection_classes_of_the_users_own(colour: Colour, prefix: str, protoc
         time.sleep(0.02)
         assert line.call(incr(prefix)) == 1
         server.kill()
+        time.sleep(0.02)
         with took(at_most=0.5), pytest.raises(UnavailableError):
-            time.sleep(0.02)
             line.call(incr(prefix))
 
 
@@ -330,7 +327,7 @@ def test_idle_connections_are_closed_in_the_end(
         clients: Any = admin.client_list()
         return sum(one["name"] == prefix for one in clients)
 
-    slow = Command(("BLPOP", f"{prefix}:nothing", 0.1))
+    slow = say("BLPOP", f"{prefix}:nothing", 0.1)
     with ThreadPoolExecutor(6) as pool:
         list(pool.map(lambda _: transport.call(slow, 5), range(6)))
     assert ours() == 6
@@ -350,17 +347,15 @@ def test_commands_wait_for_room(valkey: Server, prefix: str) -> None:
     async def main() -> None:
         await transport.call(echo("warm"), 1)
         with valkey.paused():
-            calls = [
-                transport.call(Command(("APPEND", f"{prefix}:{n}", value)), 0.3) for n in range(9)
-            ]
+            calls = [transport.call(say("APPEND", f"{prefix}:{n}", value), 0.3) for n in range(9)]
             results = await asyncio.gather(*calls, return_exceptions=True)
         kinds = [type(result) for result in results]
         assert kinds[:3] == [MaybeAppliedError] * 3
         assert kinds[-4:] == [UnavailableError] * 4
         await asyncio.gather(
-            *(transport.call(Command(("APPEND", f"{prefix}:{n}", value)), 5) for n in range(20))
+            *(transport.call(say("APPEND", f"{prefix}:{n}", value), 5) for n in range(20))
         )
-        sizes = [await transport.call(Command(("STRLEN", f"{prefix}:{n}")), 1) for n in range(20)]
+        sizes = [await transport.call(say("STRLEN", f"{prefix}:{n}"), 1) for n in range(20)]
         assert sizes[-11:] == [1_000_000] * 11
         assert sizes[5:9] == [1_000_000] * 4
 

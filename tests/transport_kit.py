@@ -89,21 +89,27 @@ class Colour:
             self.runner.close()
 
 
-def incr(key: str | bytes) -> Command[int]:
+def say(*words: Arg, key: str | bytes | None = None) -> Command[Any]:
+    """Any command; `key` is appended to its first word and decides the node."""
+    if key is None:
+        return Command(words)
+    raw = key.encode() if isinstance(key, str) else key
+    return Command((words[0], raw, *words[1:]), (raw,))
+
+
+def incr(key: str | bytes) -> Command[Any]:
     """A write that counts twice when said twice."""
-    raw = key.encode() if isinstance(key, str) else key
-    return Command(("INCR", raw), (raw,))
+    return say("INCR", key=key)
 
 
-def get(key: str | bytes) -> Command[bytes]:
+def get(key: str | bytes) -> Command[Any]:
     """A read."""
-    raw = key.encode() if isinstance(key, str) else key
-    return Command(("GET", raw), (raw,), repeatable=True)
+    return say("GET", key=key)._replace(repeatable=True)
 
 
-def echo(value: Arg) -> Command[bytes]:
+def echo(value: Arg) -> Command[Any]:
     """The server says it back: shows whose reply one got."""
-    return Command(("ECHO", value))
+    return say("ECHO", value)
 
 
 def scripted(source: str, *args: Arg, keys: Sequence[str] = ()) -> Command[Any]:

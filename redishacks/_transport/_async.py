@@ -41,7 +41,6 @@ from redishacks._transport._settings import Settings
 from redishacks._transport._socket import (
     BACKLOG_PAUSE,
     CLOSED,
-    GREETING,
     LATE,
     LOOK_AFTER,
     NO_RESP,
@@ -123,8 +122,12 @@ class Link:
     def usable(self, now: float) -> bool:
         """Whether a command may be written at once; looks for a closed end after an idle time."""
         if not self._line and now - self.since > LOOK_AFTER:
-            if now - self.since > PING_AFTER:
-                return False
+            return now - self.since <= PING_AFTER and self.look()
+        return self.open
+
+    def look(self) -> bool:
+        """Whether the server has left it open; sees what the loop had no turn yet to read."""
+        if self.open:
             self._readable(looking=True)
         return self.open
 
@@ -140,7 +143,7 @@ class Link:
     async def submit_in_turn(
         self, data: bytes, count: int | None, end: float
     ) -> asyncio.Future[Any]:
-        """The same, but wait for room first; raises `Lost`, unwritten, when there is none in time."""
+        """The same, but wait for room first; raises `Lost` when there is none in time."""
         if self.full(len(data)):
             room: asyncio.Future[None] = self._loop.create_future()
             self._room.append((room, len(data)))
@@ -377,6 +380,8 @@ class Lane:
 
     def close(self) -> None:
         """Close every connection now."""
+        if self._making is not None:
+            self._making.cancel()
         for link in self._links:
             link.lose(CLOSED)
         self._links.clear()
@@ -404,7 +409,7 @@ class Lane:
     async def _awake(self, patience: float) -> bool:
         # Idle for long: a firewall may have forgotten the connection without a word.
         link = self._link
-        if link is None or not link.usable(link.since + PING_AFTER):
+        if link is None or not link.look():
             return False
         reply = await link.submit(PING, None, monotonic() + patience)
         if isinstance(reply, Lost):
@@ -429,6 +434,8 @@ class Node:
         """Say a message; raises `Lost` once it may have been written."""
         lane = self._bulk if message.bulk else self._shared
         link = await lane.borrow(talk)
+        if monotonic() >= talk.end:
+            raise Lost("no time was left to send it", written=False)
         waiting = await link.submit_in_turn(message.data, message.replies, talk.end)
         replies = await waiting
         if isinstance(replies, Lost):
@@ -594,7 +601,7 @@ class AsyncTransport:
 
     def _usual(self, site: Site, command: Command[Any]) -> Node | ForeignNode | None:
         slots = self._slots
-        if slots is None or not slots.known:
+        if slots is None or slots.stale:
             return None
         return site.node(slots.route(command.keys))
 
@@ -603,7 +610,7 @@ class AsyncTransport:
     ) -> list[Outcome[T]]:
         while True:
             if not begun:
-                if talk.refresh and self._slots is not None:
+                if self._slots is not None and self._slots.stale:
                     await self._refresh(site, self._slots, talk)
                 await self._round(site, talk)
             begun = False
@@ -636,18 +643,22 @@ class AsyncTransport:
 
     async def _refresh(self, site: Site, slots: SlotMap, talk: Talk[Any]) -> None:
         """Read the slot map from the first node that gives it."""
-        talk.refresh = False
-        if not slots.due(monotonic()) and slots.known:
+        started = now = monotonic()
+        if not slots.due(now) and slots.known:
             return
+        give_up = now + (talk.deadline if slots.known else CONNECT_DEADLINE)
         for address in slots.candidates():
-            now = monotonic()
-            question = Talk((_cluster.QUESTION,), max(0.0, talk.end - now) / 2, now, address)
+            question = Talk((_cluster.QUESTION,), talk.deadline, now, address)
             await self._round(site, question)
             question.rest(float("inf"))
             reply = question.results()[0].value
+            now = monotonic()
             if reply is not None:
                 slots.load(reply, address)
                 site.keep(slots.nodes())
+                talk.connected(now - started)
+                return
+            if now >= give_up:
                 return
 
 
@@ -659,7 +670,7 @@ async def _open(
     if settings.sentinel is not None:
         settings = settings.at(await _sentinel.master_async(settings, CONNECT_DEADLINE))
     sock = await _dial(loop, (settings.host, settings.port), settings.keepalive_options, end)
-    end = min(end, monotonic() + max(patience, GREETING))
+    end = min(end, monotonic() + patience * settings.round_trips)
     link = None
     try:
         tls = None

@@ -34,11 +34,19 @@ class SlotMap:
         self._primaries: tuple[Address, ...] = ()
         self._others: tuple[Address, ...] = ()
         self._read_at = float("-inf")
+        self._suspect: Address | None = None
+        #: The map should be read before it is used; so at first.
+        self.stale = True
 
     @property
     def known(self) -> bool:
         """Whether any map has been read."""
         return bool(self._primaries)
+
+    def doubt(self, node: Address | None = None) -> None:
+        """Have the map read again before its next use; not from this node, if it can be helped."""
+        self.stale = True
+        self._suspect = node
 
     def route(self, keys: Sequence[bytes], avoid: Address | None = None) -> Address:
         """Return the node for a command; without keys any primary but the one to avoid.
@@ -69,15 +77,14 @@ class SlotMap:
         self._read_at = now
         return True
 
-    def candidates(self, avoid: Address | None = None) -> list[Address]:
+    def candidates(self) -> list[Address]:
         """Return whom to ask for the map: known primaries, replicas, then the startup nodes."""
         primaries = random.sample(self._primaries, len(self._primaries))
         found = dict.fromkeys((*primaries, *self._others, *self._startup))
-        return sorted(found, key=lambda node: node == avoid)
+        return sorted(found, key=lambda node: node == self._suspect)
 
     def moved(self, slot: int, to: Address) -> None:
-        """Note one slot's new node, as a MOVED reply names it."""
-        to = self.place(to)
+        """Note one slot's new node, in the words of `place`."""
         self._by_slot[slot] = to
         if to not in self._primaries:
             self._primaries = (*self._primaries, to)
@@ -104,6 +111,8 @@ class SlotMap:
         if primaries:
             self._by_slot = by_slot
             self._primaries, self._others = tuple(primaries), tuple(others)
+            self._suspect = None
+            self.stale = False
 
     def nodes(self) -> frozenset[Address]:
         """Return every node that the map names."""

@@ -113,13 +113,11 @@ class Talk(Generic[T]):
         home: Address,
         slots: SlotMap | None = None,
     ) -> None:
+        self.deadline = deadline
         self.end = now + deadline
-        #: The slot map is out of date.
-        self.refresh = slots is not None and not slots.known
         #: Nodes whose connections should not be used again.
         self.estranged: set[Address] = set()
         self._commands = commands
-        self._deadline = deadline
         self._home = home
         self._slots = slots
         self._open = list(range(len(commands)))
@@ -192,7 +190,7 @@ class Talk(Generic[T]):
             at += part.asking + 1
             if at > len(loss.replies):
                 self._lose(part.place, loss, message.node)
-        self.refresh = True
+        self._doubt_slots(message.node)
 
     def unsaid(self, message: Message, error: Exception) -> None:
         """Take note that there was no connection for a message: nothing was sent."""
@@ -205,7 +203,7 @@ class Talk(Generic[T]):
                 self._down[index] = (message.node, str(error))
             else:
                 self._settle(index, error)
-        self.refresh = True
+        self._doubt_slots(message.node)
 
     def rest(self, now: float) -> float | None:
         """End a round: None when all is settled, else the pause before the next."""
@@ -223,7 +221,7 @@ class Talk(Generic[T]):
             what = name(self._commands[index])
             why = self._last.get(index, "no connection in time")
             self._settle(
-                index, UnavailableError(f"{what}: not done within {self._deadline:g} s: {why}")
+                index, UnavailableError(f"{what}: not done within {self.deadline:g} s: {why}")
             )
         return None
 
@@ -265,13 +263,14 @@ class Talk(Generic[T]):
                 self._asking[index] = target
             else:
                 self._slots.moved(int(slot), target)
-                self.refresh = True
+                self._doubt_slots()
         elif code in PASSING:
             self._hurry = False
-            self.refresh |= code == "CLUSTERDOWN"
+            if code == "CLUSTERDOWN":
+                self._doubt_slots()
         elif code in ESTRANGED:
             self._again(code)
-            self.refresh = True
+            self._doubt_slots(node)
             self.estranged.add(node)
         elif code in HOPELESS:
             self._settle(index, UnavailableError(f"{self._where(index, node)}: {text}"))
@@ -289,6 +288,10 @@ class Talk(Generic[T]):
             )
         else:
             self._again("lost")
+
+    def _doubt_slots(self, node: Address | None = None) -> None:
+        if self._slots is not None:
+            self._slots.doubt(node)
 
     def _again(self, trouble: str) -> None:
         # The first time at once; the same trouble twice is worth a pause.

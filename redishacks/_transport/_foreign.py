@@ -91,6 +91,8 @@ class ForeignLink:
         """Close it; redis-py's connections leave a parent process's socket alone."""
         self._connection.disconnect()
 
+    abandon = close
+
 
 class AsyncConnection(Protocol):
     """What we use of redis.asyncio's connections."""
@@ -167,6 +169,8 @@ class ForeignNode:
 async def _has_data(connection: Any) -> bool:
     # Data, or the end of the stream: either way of no more use. redis-py 8 has the first name.
     look = getattr(connection, "can_read", None) or connection.can_read_destructive
+    for _ in range(2):  # a loop that has not run meanwhile reads in its second turn
+        await asyncio.sleep(0)
     try:
         return bool(await look())
     except (redis.RedisError, OSError):

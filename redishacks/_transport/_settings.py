@@ -69,6 +69,14 @@ class Settings:
         """Name the server, for messages and as a key."""
         return (self.service, -1) if self.service else (self.host, self.port)
 
+    @property
+    def round_trips(self) -> int:
+        """How often a new connection waits for the server before its first command.
+
+        A server that accepts and then is silent costs the command's deadline for each.
+        """
+        return 1 if self.tls is None else 3
+
     def at(self, address: Address) -> Settings:
         """Return the same settings for another server."""
         host, port = address

@@ -7,10 +7,6 @@ import os
 import socket
 from collections.abc import Mapping
 
-#: A server that accepts but does not answer costs the command's deadline, but at least this much:
-#: the handshake of TLS with a distant server takes longer than a short deadline.
-GREETING = 0.5
-
 #: Idle for longer than this, a connection is looked at before it is used …
 LOOK_AFTER = 0.005
 #: … and for longer than this it must answer a PING first.

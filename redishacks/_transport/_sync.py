@@ -7,6 +7,7 @@ handler that uses the client while an exchange is under way.
 
 from __future__ import annotations
 
+import os
 import select
 import socket
 import ssl
@@ -39,7 +40,6 @@ from redishacks._transport._settings import Settings
 from redishacks._transport._socket import (
     BACKLOG_PAUSE,
     CLOSED,
-    GREETING,
     LATE,
     LOOK_AFTER,
     NO_RESP,
@@ -93,6 +93,9 @@ class Channel(Protocol):
 
     def close(self) -> None:
         """Close it; twice does no harm."""
+
+    def abandon(self) -> None:
+        """In a forked child: let go of the parent's connection."""
 
 
 class Link:
@@ -211,6 +214,16 @@ class Link:
         """Close the file descriptor, without shutdown(): a parent process may go on with it."""
         self._sock.close()
 
+    def abandon(self) -> None:
+        """In a forked child: let go of the parent's connection.
+
+        The descriptor's number stays taken until the link is collected: the fork may have happened
+        in a signal handler, and the exchange below it must not wait on somebody else's socket.
+        """
+        nothing = os.open(os.devnull, os.O_RDONLY)
+        os.dup2(nothing, self._sock.fileno(), inheritable=False)
+        os.close(nothing)
+
     def __del__(self) -> None:
         # A transport that nobody holds any more takes its connections along, without a warning.
         self._sock.close()
@@ -245,12 +258,13 @@ class Link:
         raise Lost(CLOSED, written=written)
 
     def _wait(self, end: float, events: int = select.POLLIN, written: bool = True) -> None:
-        left = end - monotonic()
+        # What is there already is taken, however late it is looked for.
+        left = max(0.0, end - monotonic())
         poll = self._poll
         if events != select.POLLIN:
             poll = select.poll()
             poll.register(self._sock, events)
-        if left <= 0 or not poll.poll(left * 1000):
+        if not poll.poll(left * 1000):
             raise Lost(LATE, written=written)
 
     def _set_timeout(self, seconds: float) -> None:
@@ -314,6 +328,8 @@ class Node:
         Raises `Unreachable`, `Refused` or `ServerError`; nothing was sent then.
         """
         now = monotonic()
+        if now >= talk.end:
+            raise Refused("no time was left to send it")
         link = self.take(now) or self._awaken(now + (talk.end - now) / 2)
         if link is None:
             started = monotonic()
@@ -334,7 +350,7 @@ class Node:
         link = Link(_dial((settings.host, settings.port), settings.keepalive_options, end))
         self._open.add(link)
         try:
-            _greet(link, settings, min(end, monotonic() + max(patience, GREETING)))
+            _greet(link, settings, min(end, monotonic() + patience * settings.round_trips))
         except BaseException:
             self.drop(link)
             raise
@@ -351,7 +367,7 @@ class Node:
     def abandon(self) -> None:
         """In a forked child: close everything; the parent goes on undisturbed."""
         for link in list(self._open):
-            link.close()
+            link.abandon()
         self._open = set()
         self._idle = deque()
 
@@ -452,7 +468,7 @@ class SyncTransport:
 
     def _usual(self, command: Command[Any]) -> Node | None:
         slots = self._slots
-        if slots is None or not slots.known:
+        if slots is None or slots.stale:
             return None
         return self._node(slots.route(command.keys))
 
@@ -468,7 +484,7 @@ class SyncTransport:
     def _converse(self, talk: Talk[T], *, begun: bool = False) -> list[Outcome[T]]:
         while True:
             if not begun:
-                if talk.refresh and self._slots is not None:
+                if self._slots is not None and self._slots.stale:
                     self._refresh(self._slots, talk)
                 self._round(talk)
             begun = False
@@ -484,21 +500,23 @@ class SyncTransport:
     def _round(self, talk: Talk[Any]) -> None:
         """Say all that is open: write to every node, then read from every node."""
         under_way: deque[tuple[Node, Channel, Message]] = deque()
+        later: list[tuple[Node, Message]] = []
         try:
             for message in talk.plan():
                 node = self._node(message.node)
+                link = node.take(monotonic())
+                if link is None:
+                    later.append((node, message))
+                else:
+                    _send(talk, node, link, message, under_way)
+            # Connecting may take all the time there is: by now the other nodes are at work.
+            for node, message in later:
                 try:
                     link = node.borrow(talk)
                 except (Unreachable, Refused, RedisHacksError) as error:
                     talk.unsaid(message, error)
-                    continue
-                under_way.append((node, link, message))
-                try:
-                    link.send(message.data, talk.end)
-                except Lost as loss:
-                    under_way.pop()
-                    node.lost(link)
-                    talk.lost(message, loss)
+                else:
+                    _send(talk, node, link, message, under_way)
             while under_way:
                 node, link, message = under_way[0]
                 try:
@@ -517,23 +535,43 @@ class SyncTransport:
 
     def _refresh(self, slots: SlotMap, talk: Talk[Any]) -> None:
         """Read the slot map from the first node that gives it."""
-        talk.refresh = False
-        if not slots.due(monotonic()) and slots.known:
+        started = now = monotonic()
+        if not slots.due(now) and slots.known:
             return
+        give_up = now + (talk.deadline if slots.known else CONNECT_DEADLINE)
         for address in slots.candidates():
-            now = monotonic()
-            question = Talk((_cluster.QUESTION,), max(0.0, talk.end - now) / 2, now, address)
+            question = Talk((_cluster.QUESTION,), talk.deadline, now, address)
             self._round(question)
             question.rest(float("inf"))
             reply = question.results()[0].value
+            now = monotonic()
             if reply is not None:
                 slots.load(reply, address)
                 self._prune(slots)
+                talk.connected(now - started)
+                return
+            if now >= give_up:
                 return
 
     def _prune(self, slots: SlotMap) -> None:
         for address in self._nodes.keys() - slots.nodes():
             self._nodes.pop(address).reset()
+
+
+def _send(
+    talk: Talk[Any],
+    node: Node,
+    link: Channel,
+    message: Message,
+    under_way: deque[tuple[Node, Channel, Message]],
+) -> None:
+    under_way.append((node, link, message))
+    try:
+        link.send(message.data, talk.end)
+    except Lost as loss:
+        under_way.pop()
+        node.lost(link)
+        talk.lost(message, loss)
 
 
 def _greet(link: Link, settings: Settings, end: float) -> None:

@@ -27,19 +27,15 @@ def new_reader() -> hiredis.Reader:
     return hiredis.Reader(notEnoughData=MISSING)
 
 
-def words(command: Command[Any], whole: bool = False) -> Words:
-    """Return what goes on the wire; `whole` sends a script's source instead of its hash."""
-    script = command.script
-    if script is None:
-        return command.args
-    head = (b"EVAL", script.source) if whole else (b"EVALSHA", script.sha)
-    return (*head, len(command.keys), *command.keys, *command.args)
-
-
 def pack(command: Command[Any], whole: bool = False) -> bytes:
-    """Encode a command; `str` is UTF-8."""
+    """Encode a command; `str` is UTF-8, and `whole` sends a script's source instead of its hash."""
+    words: Words = command.args
+    script = command.script
+    if script is not None:
+        head = (b"EVAL", script.source) if whole else (b"EVALSHA", script.sha)
+        words = (*head, len(command.keys), *command.keys, *words)
     try:
-        packed: bytes = hiredis.pack_command(words(command, whole))
+        packed: bytes = hiredis.pack_command(words)
     except (TypeError, UnicodeEncodeError):
         raise UsageError(f"{name(command)}: arguments must be bytes, str, int or float") from None
     return packed

@@ -85,9 +85,7 @@ def worst(exits: Iterable[Exit]) -> Exit:
     return max(exits, key=_BY_WEIGHT.index, default=Exit.DONE)
 
 
-def for_each(
-    jobs: Sequence[FlushJob], action: Callable[[FlushJob], Exit], as_json: bool
-) -> Exit:
+def for_each(jobs: Sequence[FlushJob], action: Callable[[FlushJob], Exit], as_json: bool) -> Exit:
     """Do the same with every job, whatever becomes of the others; return the worst exit code.
 
     With JSON, an error also takes the place of the object that the action would have printed.

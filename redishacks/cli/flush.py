@@ -27,15 +27,22 @@ _HOTTEST = 10
 @with_jobs
 @click.option("--once", is_flag=True, help="Run once: the default.")
 @click.option(
-    "--every", type=click.FloatRange(min=0, min_open=True), metavar="SECONDS",
+    "--every",
+    type=click.FloatRange(min=0, min_open=True),
+    metavar="SECONDS",
     help="Run again and again; a run that takes longer skips what it overran.",
 )
 @click.option(
-    "--for", "duration", type=click.FloatRange(min=0, min_open=True), metavar="SECONDS",
+    "--for",
+    "duration",
+    type=click.FloatRange(min=0, min_open=True),
+    metavar="SECONDS",
     help="With --every: begin no run after so long; without it, until SIGTERM.",
 )
 @click.option(
-    "--time-budget", type=click.FloatRange(min=0, min_open=True), metavar="SECONDS",
+    "--time-budget",
+    type=click.FloatRange(min=0, min_open=True),
+    metavar="SECONDS",
     help="Begin no batch after so long; each run has its own budget.",
 )
 @click.option("--chunk", type=click.IntRange(1, 100_000), help="Ids per SQL transaction.")
@@ -172,8 +179,9 @@ class _Run:
             nonlocal before
             if not self._err.is_terminal:
                 now = dt.datetime.now(dt.UTC).isoformat(timespec="seconds")
-                batch = FlushReport(*(b - a for a, b in zip(before, report, strict=True)))
-                click.echo(f"{now} {job.layout.full_name}: {_told(batch)}", err=True)
+                click.echo(
+                    f"{now} {job.layout.full_name}: {_told(_since(before, report))}", err=True
+                )
             before = report
             if theirs is not None:
                 theirs(report)
@@ -193,6 +201,11 @@ class _Run:
                 yield
         finally:
             job.on_batch = theirs
+
+
+def _since(before: FlushReport, report: FlushReport) -> FlushReport:
+    differences: Any = (new - old for old, new in zip(before, report, strict=True))
+    return FlushReport(*differences)
 
 
 def _told(report: FlushReport) -> str:
@@ -243,8 +256,8 @@ def _dry_run(jobs: Sequence[FlushJob], as_json: bool) -> Exit:
             *((f"sum of {name}", f"{total:,}") for name, total in status.pending_amount.items()),
             *(
                 (f"batch {batch.id[:8]}",
-                 f"{batch.ids:,} ids, {len(written[batch.id]):,} of {batch.chunks:,} chunks written, "
-                 f"claimed {show.ago(batch.age)}")
+                 f"{batch.ids:,} ids, claimed {show.ago(batch.age)}, "
+                 f"{len(written[batch.id]):,} of {batch.chunks:,} chunks written")
                 for batch in status.batches
             ),
             *(("hottest", f"{amount:,}  {show.printable(id)}") for id, amount in hottest),

@@ -117,9 +117,7 @@ def _paragraph(finding: Finding) -> Text:
 @click.option("--limit", type=click.IntRange(min=1), default=100, show_default=True)
 @_as_json
 @click.pass_context
-def dead(
-    ctx: click.Context, jobs: list[FlushJob], retry: bool, limit: int, as_json: bool
-) -> None:
+def dead(ctx: click.Context, jobs: list[FlushJob], retry: bool, limit: int, as_json: bool) -> None:
     """List amounts that the database would not take, or apply them again.
 
     With --retry it exits with 1 when some were refused again; they stay listed.
@@ -141,7 +139,8 @@ def dead(
         if as_json:
             for letter in letters:
                 fields = letter._asdict()
-                show.print_json({**fields, **show.json_id(fields.pop("id"))})
+                id = show.json_id(fields.pop("id"))
+                show.print_json({**fields, **id})
             return Exit.DONE
         table = Table("number", "at", "id", "column", "amount", "reason", box=None)
         for letter in letters:

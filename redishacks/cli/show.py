@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import click
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from redishacks import _keys
@@ -37,6 +37,12 @@ def print_json(value: Any) -> None:
     click.echo(json.dumps(value, ensure_ascii=False, default=str))
 
 
+def small(number: float) -> str:
+    """Return a number of two digits without an exponent: 0.00005."""
+    digits = 1 - math.floor(math.log10(number)) if number > 0 else 0
+    return f"{number:.{max(0, digits)}f}".rstrip("0").rstrip(".") if digits > 0 else f"{number:.0f}"
+
+
 def ago(seconds: float | None, never: str = "never") -> str:
     """Return an age in words."""
     return never if seconds is None else f"{duration(seconds)} ago"
@@ -52,10 +58,7 @@ def duration(seconds: float) -> str:
 
 def facts(title: str, rows: Sequence[tuple[str, str]], on: Console) -> None:
     """Print a block: a title, and names with values below it."""
-    grid = Table.grid(padding=(0, 2))
-    grid.add_column(style="dim")
-    grid.add_column(overflow="fold")
-    for name, value in rows:
-        grid.add_row(Text(f"  {name}"), Text(value))
     on.print(Text(title, style="bold"))
-    on.print(grid)
+    width = max(len(name) for name, _ in rows)
+    for name, value in rows:
+        on.print(Text(f"  {name:<{width}}  ", style="dim").append(value, style="not dim"))

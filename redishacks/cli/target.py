@@ -42,7 +42,7 @@ def with_jobs(command: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(command)
     @click.pass_context
-    def wrapped(ctx: click.Context, *, target: str | None, **options: Any) -> Any:
+    def wrapped(ctx: click.Context, /, *, target: str | None, **options: Any) -> Any:
         flags = {
             name: options.pop(name)
             for name in ("redis_url", "counter", "sql_url", "table", "key", "column", "mode")

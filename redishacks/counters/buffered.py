@@ -13,14 +13,15 @@ from redishacks._drive import drive, drive_async
 from redishacks._linger import AsyncCoalescer, Buffer, Coalescer, Items, Refused, check_linger
 from redishacks._sink import Rule
 from redishacks._transport import Hook, connect, connect_async
-from redishacks._units import Seconds, seconds
+from redishacks._units import EXACT, Seconds, seconds
 from redishacks.counters.commands import Amount, Columns, Id, Layout, new_id
 from redishacks.errors import PartlyAppliedError, UsageError
 
 #: Parts of one `incr_many` that go out in one exchange.
 _PARTS_AT_ONCE = 8
 
-Amounts = Mapping[Id, Amount] | Mapping[Id, Mapping[str, Amount]]
+#: Ids (`Id`; a mapping's key type is invariant, hence Any), each with an amount or one per column.
+Amounts = Mapping[Any, Amount | Mapping[str, Amount]]
 
 
 class _Batcher(Layout):
@@ -50,6 +51,7 @@ class _Counter:
         self.layout = _Batcher(prefix, name, Columns(columns), partitions)
         self.deadline = seconds(deadline, "deadline")
         self._plain = self.layout.columns.rules[self.layout.columns.names[0]] is Rule.SUM
+        self._once = self.layout.hit(1)
         self._defined = False
 
     def __repr__(self) -> str:
@@ -67,8 +69,10 @@ class _Counter:
 
     def _hit(self, id: Id, amount: Amount | None, given: dict[str, Amount]) -> Command[None] | None:
         raw = _keys.id_bytes(id)
+        if amount is None and self._plain and not given:
+            return self.layout.add_one(raw, self._once)
         amounts = self._amounts(amount, given)
-        if not any(a is not None for a in amounts):
+        if amounts.count(None) == len(amounts):
             return None
         return self.layout.add_one(raw, amounts)
 
@@ -77,21 +81,23 @@ class _Counter:
         self._defined = True
 
     def _items(self, hits: Amounts) -> Items:
+        """Check many hits; ids that are the same as bytes become one."""
         columns = self.layout.columns
-        merged_hits: dict[bytes, list[int | None]] = {}
+        plain = self.layout.columns.signs == "+"
+        items: dict[bytes, list[int | None]] = {}
         for id, given in hits.items():
             raw = _keys.id_bytes(id)
-            amounts = (
-                columns.amounts(given) if isinstance(given, Mapping) else self._amounts(given, {})
-            )
-            if not any(a is not None for a in amounts):
-                continue
-            into = merged_hits.get(raw)
-            if into is None:
-                merged_hits[raw] = amounts
+            if plain and type(given) is int and -EXACT <= given <= EXACT:
+                amounts: list[int | None] = [given or None]
+            elif isinstance(given, Mapping):
+                amounts = columns.amounts(given)
             else:
-                columns.merge(into, amounts)
-        return list(merged_hits.items())
+                amounts = self._amounts(given, {})
+            if raw in items:
+                columns.merge(items[raw], amounts)
+            elif amounts.count(None) < len(amounts):
+                items[raw] = amounts
+        return list(items.items())
 
     def _add_many(self, items: Items) -> Steps[None]:
         if not self._defined:
@@ -231,7 +237,7 @@ class BufferedCounter(_Counter):
         else:
             raw = _keys.id_bytes(id)
             amounts = self._amounts(amount, columns)
-            if any(a is not None for a in amounts):
+            if amounts.count(None) < len(amounts):
                 coalescer.add(raw, amounts)
 
     def incr_many(self, hits: Amounts) -> None:
@@ -335,7 +341,7 @@ class AsyncBufferedCounter(_Counter):
             return
         raw = _keys.id_bytes(id)
         amounts = self._amounts(amount, columns)
-        if any(a is not None for a in amounts):
+        if amounts.count(None) < len(amounts):
             await self._coalescer.add(raw, amounts)
 
     async def incr_many(self, hits: Amounts) -> None:

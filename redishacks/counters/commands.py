@@ -30,6 +30,8 @@ from redishacks.errors import UsageError
 Id = str | int | bytes
 #: Ids and their amounts, side by side.
 Page = tuple[list[bytes], list[int | None]]
+#: An id and an amount per column.
+Item = tuple[bytes, Sequence[int | None]]
 Amount = int | dt.datetime
 
 #: Largest part of one send: more would block the server for too long (5,000 ids take 5 ms).
@@ -181,6 +183,7 @@ class Layout:
         self._add_keys = [
             (since, *pending) for since, pending in zip(self._since, self._pending, strict=True)
         ]
+        self._incr = script("counter_incr")
         self._add = script("counter_add")
 
     def _key(self, partition: int, *rest: str) -> bytes:
@@ -242,9 +245,11 @@ class Layout:
 
     def add_one(self, raw: bytes, amounts: Sequence[int | None]) -> Command[None]:
         """Add the amounts of one hit."""
-        p = partition(raw, self.partitions)
+        keys = self._add_keys[partition(raw, self.partitions)]
+        if self.columns.signs == "+":
+            return Command((raw, amounts[0] or 0), keys, self._applied, self._incr)
         args = ("", self.columns.signs, raw, *("" if a is None else a for a in amounts))
-        return Command(args, self._add_keys[p], self._applied, self._add)
+        return Command(args, keys, self._applied, self._add)
 
     def _applied(self, reply: int) -> None:
         if reply < 0:
@@ -252,26 +257,22 @@ class Layout:
                 f"counter {self.full_name}: the pending sum would pass 2^53; nothing was added"
             )
 
-    def parts(
-        self, items: Iterable[tuple[bytes, Sequence[int | None]]]
-    ) -> Iterable[tuple[int, list[tuple[bytes, Sequence[int | None]]]]]:
+    def parts(self, items: Iterable[Item]) -> Iterable[tuple[int, list[Item]]]:
         """Cut hits into (partition, part) small enough for one script each."""
-        parts: dict[int, list[tuple[bytes, Sequence[int | None]]]] = {}
-        sizes: dict[int, int] = {}
-        for item in items:
-            p = partition(item[0], self.partitions)
-            part = parts.setdefault(p, [])
-            part.append(item)
-            sizes[p] = sizes.get(p, 0) + len(item[0])
-            if len(part) >= PART_IDS or sizes[p] >= PART_BYTES:
-                yield p, parts.pop(p)
-                del sizes[p]
-        yield from parts.items()
+        groups: dict[int, list[Item]] = {}
+        if self.partitions == 1:
+            groups[0] = list(items)
+        else:
+            for item in items:
+                groups.setdefault(partition(item[0], self.partitions), []).append(item)
+        for p, group in groups.items():
+            for start in range(0, len(group), PART_IDS):
+                yield from ((p, part) for part in _light(group[start : start + PART_IDS]))
 
     def add(
         self,
         p: int,
-        items: Sequence[tuple[bytes, Sequence[int | None]]],
+        items: Sequence[Item],
         fence: tuple[str, int] | None = None,
     ) -> Command[int]:
         """Add one part, all or nothing; each id once. The reply says -n: the n-th is too big.
@@ -280,7 +281,9 @@ class Layout:
         """
         args: list[bytes | str | int] = ["" if fence is None else fence[1], self.columns.signs]
         for raw, amounts in items:
-            args += (raw, *("" if amount is None else amount for amount in amounts))
+            args.append(raw)
+            # Not a loop: most counters have one column, and most hits an amount in each.
+            args += amounts if None not in amounts else ["" if a is None else a for a in amounts]
         keys = self._add_keys[p]
         if fence is not None:
             keys = (*keys, self._key(p, "f", fence[0]))
@@ -458,6 +461,14 @@ class Layout:
             script("counter_value"),
             repeatable=True,
         )
+
+
+def _light(part: list[Item]) -> list[list[Item]]:
+    """Halve a part until each is light enough."""
+    if len(part) * _keys.MAX_ID <= PART_BYTES or sum(len(raw) for raw, _ in part) <= PART_BYTES:
+        return [part]
+    half = len(part) // 2
+    return _light(part[:half]) + _light(part[half:])
 
 
 def _amount(score: bytes | float | None) -> int | None:

@@ -15,11 +15,22 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from redishacks import _keys
-from redishacks._command import Command, Sleep, Steps, ask, ask_all, call
+from redishacks._command import (
+    Ask,
+    Call,
+    Command,
+    Meanwhile,
+    Outcome,
+    Sleep,
+    Steps,
+    ask,
+    ask_all,
+    call,
+)
 from redishacks._drive import drive, drive_async
 from redishacks._sink import AsyncSink, Chunk, ChunkId, Rule, Sink, Status
 from redishacks.counters.buffered import AsyncBufferedCounter, BufferedCounter
-from redishacks.counters.commands import PAGE, Batch, Held, Id, Layout, State
+from redishacks.counters.commands import PAGE, Batch, Held, Id, Layout, Page, State
 from redishacks.errors import ServerError, UnavailableError, UsageError
 
 #: How long a run waits for chunks that another transaction holds.
@@ -197,12 +208,23 @@ class _Job:
             random.shuffle(remaining)
         patience = time.monotonic() + _PATIENCE
         busy = 0
+        ahead: tuple[int, list[Outcome[Page]]] | None = None
         while remaining:
             index = remaining.pop(0)
-            chunk = yield from self._read(batch, index, clock)
+            if ahead is None or ahead[0] != index:
+                ahead = index, (yield from ask_all(self._pages(batch, index)))
+            chunk = yield from self._chunk_of(batch, index, ahead[1], clock)
             if chunk is None:  # another flusher has finished and dropped the batch
                 return clock
-            verdict = yield from call(self.sink.apply, chunk)
+            ahead = None
+            if remaining:  # read the next chunk while the database is busy with this one
+                following = remaining[0]
+                verdict, pages = yield Meanwhile(
+                    Call(self.sink.apply, (chunk,)), Ask(self._pages(batch, following))
+                )
+                ahead = following, pages
+            else:
+                verdict = yield from call(self.sink.apply, chunk)
             if verdict.status is Status.BUSY:
                 remaining.append(index)
                 busy += 1
@@ -254,12 +276,17 @@ class _Job:
                 "run applies it"
             )
 
-    def _read(self, batch: Batch, index: int, clock: Any) -> Steps[Chunk | None]:
-        """Read a chunk whole; None when the batch has been dropped meanwhile."""
+    def _pages(self, batch: Batch, index: int) -> list[Command[Page]]:
         start = index * batch.chunk
         stop = min(start + batch.chunk, batch.size)
-        pages = [(at, min(at + PAGE, stop)) for at in range(start, stop, PAGE)]
-        outcomes = yield from ask_all([self.layout.page(batch, *page) for page in pages])
+        return [
+            self.layout.page(batch, at, min(at + PAGE, stop)) for at in range(start, stop, PAGE)
+        ]
+
+    def _chunk_of(
+        self, batch: Batch, index: int, outcomes: list[Outcome[Page]], clock: Any
+    ) -> Steps[Chunk | None]:
+        """Make a chunk of its pages; None when the batch has been dropped meanwhile."""
         ids: list[bytes] = []
         first: list[int | None] = []
         for outcome in outcomes:
@@ -279,7 +306,7 @@ class _Job:
         # Dropped in between, a batch reads as short or as empty columns: look at it last.
         if (yield from ask(self.layout.batch(batch.partition, batch.id))) is None:
             return None
-        if len(ids) != stop - start:
+        if len(ids) != min(batch.chunk, batch.size - index * batch.chunk):
             raise ServerError(f"ERR batch {batch.id} has lost ids in Redis")
         rules = tuple(self.layout.columns.rules[name] for name in batch.columns)
         return Chunk(
@@ -402,6 +429,8 @@ class FlushJob(_Job):
     before it writes to SQL. A batch that comes back with other content is never skipped: its
     chunks go to the dead letters, for you to decide.
     """
+
+    sink: Sink
 
     def __init__(
         self,

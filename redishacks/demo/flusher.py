@@ -64,6 +64,8 @@ class Flusher:
             stdin=subprocess.PIPE, stdout=subprocess.PIPE,
         )  # fmt: skip
         assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._said = self._process.stdout
         with self._process.stdin as pipe:
             pipe.write(json.dumps(order).encode())
         self.pid = self._process.pid
@@ -75,7 +77,8 @@ class Flusher:
     def kill(self) -> None:
         """SIGKILL: return when it is gone; harmless when it has ended."""
         self._process.kill()
-        self._process.communicate()
+        self._process.wait()
+        self._said.close()
 
     def killed(self) -> bool:
         """Return whether SIGKILL is what ended it."""
@@ -83,7 +86,8 @@ class Flusher:
 
     def report(self) -> FlushReport:
         """Wait for its end and return what it did; raises its error."""
-        printed, _ = self._process.communicate()
+        printed = self._said.read()
+        self._process.wait()
         if not printed:
             raise errors.RedisHacksError(
                 f"flusher {self.pid} ended with {self._process.returncode} and without a report"
@@ -101,7 +105,7 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     order = Order(*json.load(sys.stdin))
     try:
-        sink = Table(order.sql, order.table).sink()
+        sink: Sink = Table(order.sql, order.table).sink
         if order.halt_after is not None:
             sink = cast(Sink, _Halting(sink, order.halt_after))
         counter = BufferedCounter(order.redis, COUNTER, prefix=order.prefix)

@@ -10,7 +10,7 @@ import sys
 import zlib
 from collections.abc import Iterable
 from itertools import accumulate
-from typing import IO, NamedTuple
+from typing import IO, NamedTuple, cast
 
 from redishacks import _keys
 from redishacks.errors import UsageError
@@ -58,11 +58,12 @@ def read_log(path: str) -> Traffic:
     holds no hit.
     """
     try:
-        if path == "-":
-            traffic = parse(_text(sys.stdin.buffer))
-        else:
-            with open(path, "rb") as file:
-                traffic = parse(_text(file))
+        standard_input = path == "-"
+        with (
+            open(0 if standard_input else path, "rb", closefd=not standard_input) as file,
+            _text(file) as lines,
+        ):
+            traffic = parse(lines)
     except (OSError, EOFError, zlib.error) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error
         raise UsageError(f"the log {path} cannot be read: {reason}") from None
@@ -71,9 +72,9 @@ def read_log(path: str) -> Traffic:
     return traffic
 
 
-def _text(file: IO[bytes]) -> Iterable[str]:
-    buffered = io.BufferedReader(file)  # type: ignore[type-var]
-    binary = gzip.open(buffered) if buffered.peek(2)[:2] == _GZIP else buffered
+def _text(file: io.BufferedReader) -> io.TextIOWrapper:
+    zipped = file.peek(2)[:2] == _GZIP
+    binary = cast(IO[bytes], gzip.GzipFile(fileobj=file) if zipped else file)
     # Stray bytes are shown as servers log them, \xff; only line feeds end a line.
     return io.TextIOWrapper(binary, "utf-8", errors="backslashreplace", newline="\n")
 

@@ -30,7 +30,7 @@ from redishacks._sink import (
     Status,
 )
 from redishacks.errors import SchemaError, ServerError, UnavailableError
-from redishacks.sinks._target import Target
+from redishacks.sinks._target import Target, identifier
 from redishacks.sinks._verdicts import (
     BusyError,
     LackingError,
@@ -184,10 +184,13 @@ class Conversation(ABC):
 
     def create_ledger(self) -> Steps[None]:
         """See `Sink.create_ledger`."""
+        return self.settled({}, self._create)
+
+    def _create(self) -> Steps[None]:
         try:
-            yield from self.settled({}, self.create)
-        except SchemaError as error:
-            raise SchemaError(str(error), error.ddl or self.ddl()) from error
+            yield from self.create()
+        except LackingError as error:
+            raise SchemaError(f"the ledger cannot be made: {error}", self.ddl()) from error
 
     def begin(self, columns: Mapping[str, Rule]) -> Steps[Any]:
         """See `Sink.begin`."""
@@ -268,10 +271,11 @@ class Conversation(ABC):
 
     def dead(self, counter: str | None, limit: int) -> Steps[list[DeadLetter]]:
         """See `Sink.dead`."""
-        where, params = ("", [limit]) if counter is None else ("WHERE counter = ?", [counter, limit])
+        where = "" if counter is None else "WHERE counter = ?"
+        params = [limit] if counter is None else [counter, limit]
         sql = f"{_LETTERS} {where} ORDER BY number LIMIT ?"
         found = yield from self.settled({}, lambda: self.run(sql, *params), write=False)
-        return [DeadLetter(*row[:-1], at=_units.moment(row[-1])) for row in found.rows]
+        return [DeadLetter._make((*letter, _units.moment(at))) for *letter, at in found.rows]
 
     def dead_count(self, counter: str) -> Steps[int]:
         """See `Sink.dead_count`."""
@@ -366,14 +370,14 @@ class Conversation(ABC):
         try:
             try:
                 return (yield from self.database.transaction(body(), write=write))
-            except LackingError as error:
+            except LackingError:
                 # The catalogue knows better what is missing. Where it finds nothing, what we kept
                 # of it may have been out of date.
-                reason = str(error)
+                pass
             yield from self.database.transaction(self.look(rules), write=False)
             return (yield from self.database.transaction(body(), write=write))
         except LackingError as error:
-            raise SchemaError(str(error) or reason) from error
+            raise SchemaError(str(error)) from error
         except SlowError as error:
             raise UnavailableError(f"the database did not answer in time: {error}") from error
         except RefusedError as error:
@@ -397,3 +401,39 @@ def _units_of(rows: Sequence[tuple[Any, ...]]) -> tuple[list[Unit], int]:
         cut = units.pop()
         last = min(number for number, _ in cut.letters.values()) - 1
     return units, last
+
+
+def merged(columns: Mapping[str, Rule], letters: Sequence[tuple[str, int]]) -> dict[str, int]:
+    """Merge the amounts of dead letters per column."""
+    amounts: dict[str, list[int]] = {}
+    for column, amount in letters:
+        amounts.setdefault(column, []).append(amount)
+    merge: dict[Rule, Callable[[list[int]], int]] = {Rule.SUM: sum, Rule.MAX: max, Rule.MIN: min}
+    return {name: merge[rule](amounts[name]) for name, rule in columns.items() if name in amounts}
+
+
+class Lacks:
+    """What a database lacks, and the DDL for it."""
+
+    def __init__(self, user: str = "") -> None:
+        self._user = user
+        self._messages: list[str] = []
+        self._ddl: list[str] = []
+
+    def add(self, message: str, ddl: str) -> None:
+        """Note one thing that is missing."""
+        self._messages.append(message)
+        self._ddl.append(ddl)
+
+    def grants(self, rights: str, table: tuple[str, ...]) -> None:
+        """Note missing privileges on a table."""
+        if rights:
+            self.add(
+                f"no right to {rights} on {'.'.join(table)}",
+                f"GRANT {rights} ON {identifier(*table)} TO {self._user};",
+            )
+
+    def raise_any(self) -> None:
+        """Raise `SchemaError` when anything was noted."""
+        if self._messages:
+            raise SchemaError("; ".join(self._messages), "\n".join(dict.fromkeys(self._ddl)))

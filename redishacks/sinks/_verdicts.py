@@ -7,13 +7,15 @@ Beside these a statement may end in `UnavailableError` (away, or refusing everyb
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 #: The longest reason kept with a dead letter.
 _LONGEST_REASON = 500
 
 
-class Result(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Result:
     """What a statement returned: its rows, how many rows it wrote, its command tag."""
 
     rows: Sequence[tuple[Any, ...]]

@@ -89,8 +89,8 @@ class FaultProxy:
         """Swallow the n-th reply from now on, then cut its connection unless `cut=False`.
 
         The server has applied what was asked; the client gets all replies before, not this one.
-        `of` counts only replies to requests that begin with these whole words, as they are on the wire
-        (redis-py's `incr` says INCRBY), in upper or lower case: `"ZADD board"`, `"EVALSHA"`,
+        `of` counts only replies to requests that begin with these whole words, in upper or lower
+        case, as they are on the wire (redis-py's `incr` says INCRBY): `"ZADD board"`, `"EVALSHA"`,
         `"COMMIT"`, `"INSERT INTO ledger"`.
         """
         self._arm(_Trigger("reply", n, of, forward=False, cut=cut))

@@ -1,0 +1,173 @@
+"""`redishacks demo`: the demonstration, with progress and a verdict."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.text import Text
+
+from redishacks.cli import show
+from redishacks.cli.ending import Exit, masked
+from redishacks.demo.replay import Audience, Options, Outcome, play
+from redishacks.demo.traffic import Traffic, made_up, read_log
+
+_HITS = 200_000
+
+
+@click.command()
+@click.option(
+    "--log",
+    metavar="FILE",
+    help="Replay this access log (combined format, plain or .gz; - is standard input) instead of "
+    "made-up traffic. It is held in memory.",
+)
+@click.option("--hits", type=click.IntRange(min=1), help=f"How many to make up.  [{_HITS:,}]")
+@click.option("--seed", type=int, help="What to make up.  [0]")
+@click.option("--postgres", is_flag=True, help="Start a private PostgreSQL rather than SQLite.")
+@click.option(
+    "--redis", "redis_url", metavar="URL", help="Use this Redis, rather than a private one."
+)
+@click.option(
+    "--sql", "sql_url", metavar="URL", help="Use this database: sqlite:/// or postgresql://."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print the outcome as one JSON object.")
+@click.pass_context
+def demo(
+    ctx: click.Context,
+    log: str | None,
+    hits: int | None,
+    seed: int | None,
+    postgres: bool,
+    redis_url: str | None,
+    sql_url: str | None,
+    as_json: bool,
+) -> None:
+    """See hits counted, a flusher killed half-way, and every hit in SQL once.
+
+    Web traffic is counted in Redis while other processes flush it to SQL. One of them is killed
+    with SIGKILL when some chunks of its batch are in SQL and some are not; the next one goes on.
+    In the end each page's count is compared. Exits with 1 when one differs.
+
+    Servers started here are gone in the end. On servers of yours, keys and tables get random names
+    and are removed in the end.
+    """  # fmt: skip
+    if log is not None and (hits is not None or seed is not None):
+        raise click.UsageError("--hits and --seed make traffic up, --log replays it")
+    if postgres and sql_url is not None:
+        raise click.UsageError("--postgres starts a database, --sql names one")
+    traffic = read_log(log) if log is not None else made_up(hits or _HITS, seed or 0)
+    options = Options(redis_url, sql_url, postgres)
+    _end_on_signals()
+    with _audience(len(traffic.targets)) as audience:
+        outcome = play(options, traffic, audience)
+    if as_json:
+        show.print_json(_as_json(outcome, traffic))
+    else:
+        _print(outcome, traffic, show.console())
+    ctx.exit(Exit.DONE if outcome.agree else Exit.WRONG)
+
+
+def _end_on_signals() -> None:
+    """Leave by an exception, so that everything is cleaned up; signals after the first are moot."""
+
+    def leave(number: int, frame: Any) -> None:
+        for one in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(one, signal.SIG_IGN)
+        sys.exit(128 + number)
+
+    for one in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(one, leave)
+
+
+class _Lines(Audience):
+    """Tells what happens, line by line, on stderr."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+
+    def tell(self, text: str) -> None:
+        """Print a line."""
+        self._console.print(Text(masked(text)))
+
+
+class _Bar(_Lines):
+    """Shows also how much was replayed."""
+
+    def __init__(self, progress: Progress, total: int) -> None:
+        super().__init__(progress.console)
+        self._progress = progress
+        self._task = progress.add_task("replaying", total=total)
+
+    def count(self, hits: int) -> None:
+        """Move on."""
+        self._progress.advance(self._task, hits)
+
+
+@contextlib.contextmanager
+def _audience(total: int) -> Iterator[Audience]:
+    console = show.console(err=True)
+    if not console.is_terminal:
+        console.print(f"replaying {total:,} hits")
+        yield _Lines(console)
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        yield _Bar(progress, total)
+
+
+def _as_json(outcome: Outcome, traffic: Traffic) -> dict[str, Any]:
+    return {
+        **outcome._asdict(),
+        "agree": outcome.agree,
+        "killed": outcome.killed._asdict(),
+        "flushes": [report._asdict() for report in outcome.flushes],
+        "lines_skipped": traffic.skipped,
+        "first_skipped": [line._asdict() for line in traffic.first_skipped],
+    }
+
+
+def _print(outcome: Outcome, traffic: Traffic, out: Console) -> None:
+    show.facts("Ten most seen pages", [(f"{n:,}", show.printable(p)) for p, n in outcome.top], out)
+    rows = [
+        ("hits sent", f"{outcome.hits_sent:,} on {outcome.pages_sent:,} pages"),
+        ("hits in SQL", f"{outcome.hits_in_sql:,} in {outcome.rows_in_sql:,} rows"),
+        ("hits per second", f"{outcome.hits_per_second:,.0f}"),
+        ("commands per hit", _cost(outcome)),
+    ]
+    show.facts("Outcome", rows, out)
+    if outcome.agree:
+        out.print(Text("Redis and SQL agree to the last hit.", style="bold green"))
+    else:
+        out.print(Text(_wrong(outcome), style="bold red"))
+    if traffic.skipped:
+        lines = "1 line is" if traffic.skipped == 1 else f"{traffic.skipped:,} lines are"
+        out.print(f"{lines} left out:")
+        for line in traffic.first_skipped:
+            out.print(f"  line {line.line:,}: {line.reason}")
+        if traffic.skipped > len(traffic.first_skipped):
+            out.print(f"  and {traffic.skipped - len(traffic.first_skipped):,} more")
+
+
+def _cost(outcome: Outcome) -> str:
+    if outcome.calls_per_hit is None or outcome.commands_per_hit is None:
+        return "not known: this Redis does not tell (INFO commandstats)"
+    return (
+        f"{show.small(outcome.calls_per_hit)} script calls; "
+        f"{show.small(outcome.commands_per_hit)} with the commands inside them"
+    )
+
+
+def _wrong(outcome: Outcome) -> str:
+    pages = ", ".join(show.printable(page) for page in outcome.wrong_pages[:5])
+    return (
+        f"Redis and SQL do NOT agree: {outcome.hits_sent:,} hits were sent, "
+        f"{outcome.hits_in_sql:,} are in SQL; {outcome.dead:,} dead letters; "
+        f"{len(outcome.wrong_pages):,} pages differ: {pages}"
+    )

@@ -1,0 +1,323 @@
+"""The play: hits are counted, flushed by several processes, one of which is killed, and compared.
+
+outcome = play(Options(), read_log("access.log"), Audience())
+"""
+
+from __future__ import annotations
+
+import secrets
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from redishacks._command import Command
+from redishacks.counters import BufferedCounter, FlushJob, FlushReport
+from redishacks.demo.flusher import COUNTER, Flusher, Order
+from redishacks.demo.table import Table
+from redishacks.demo.traffic import Traffic
+from redishacks.errors import RedisHacksError, ServerError, UnavailableError
+from redishacks.testing import postgres_server, valkey_server
+
+#: Seconds between sends; a producer that dies loses the hits of this time.
+_LINGER = 0.1
+#: Hits between two looks at what else is to be done.
+_SLICE = 1_000
+#: While a flusher runs, hits come in so many portions, this far apart.
+_PORTIONS = 40
+_PAUSE = 0.02
+
+#: The flusher that will be killed takes at most so many ids at once, to have a middle.
+_SMALL_CHUNK = 50
+#: Seconds within which it must get there.
+_PATIENCE = 60.0
+
+
+class Options(NamedTuple):
+    """What to play on: private servers, where no URL is given."""
+
+    redis: str | None = None
+    sql: str | None = None
+    postgres: bool = False
+
+
+class Killed(NamedTuple):
+    """The flusher that was killed, and what was seen before and after."""
+
+    pid: int
+    batch: str
+    #: Chunks of its batch that were in SQL, of how many.
+    written: int
+    chunks: int
+
+
+class Outcome(NamedTuple):
+    """How it came out."""
+
+    hits_sent: int
+    pages_sent: int
+    hits_in_sql: int
+    rows_in_sql: int
+    #: Pages whose count in SQL is not what was sent; none, or something is broken.
+    wrong_pages: list[str]
+    dead: int
+    #: Of counting alone: no flusher ran meanwhile, and Redis held every hit at the end.
+    hits_per_second: float
+    #: By Redis' own INFO commandstats, per hit: scripts called, and all commands with those that
+    #: the scripts ran. None where Redis does not tell.
+    calls_per_hit: float | None
+    commands_per_hit: float | None
+    top: list[tuple[str, int]]
+    killed: Killed
+    flushes: list[FlushReport]
+
+    @property
+    def agree(self) -> bool:
+        """Whether SQL has every hit exactly once."""
+        return not self.wrong_pages and self.hits_sent == self.hits_in_sql
+
+
+class Audience:
+    """Who watches; this one sees nothing."""
+
+    def tell(self, text: str) -> None:
+        """Something has happened."""
+
+    def count(self, hits: int) -> None:
+        """So many hits more were counted."""
+
+
+def play(options: Options, traffic: Traffic, audience: Audience) -> Outcome:
+    """Replay the traffic; return when every hit is in SQL and everything is cleaned up.
+
+    Servers it started are gone then, and so are its keys and tables on servers that were given;
+    also when it is left by an exception. Raises what counters and sinks raise.
+    """
+    with ExitStack() as stack:
+        if options.redis is None:
+            server = stack.enter_context(valkey_server())
+            redis = server.unix_url
+            audience.tell(f"started Valkey {server.version}")
+        else:
+            redis = options.redis
+        if options.sql is not None:
+            sql = options.sql
+        elif options.postgres:
+            postgres = stack.enter_context(postgres_server())
+            sql = postgres.dsn
+            audience.tell(f"started PostgreSQL {postgres.version}")
+        else:
+            directory = stack.enter_context(tempfile.TemporaryDirectory(prefix="redishacks-"))
+            sql = f"sqlite:///{Path(directory, 'demo.db')}"
+            audience.tell("made a SQLite database in a temporary file")
+        # Random, so that nothing on a server that others use is touched.
+        name = f"redishacks_demo_{secrets.token_hex(5)}"
+        table = Table(sql, name)
+        counter = BufferedCounter(redis, COUNTER, prefix=name, linger=_LINGER)
+        if options.redis is not None:
+            stack.callback(_quietly, lambda: _remove_keys(counter, name, audience), audience)
+        if options.sql is not None:
+            stack.callback(_quietly, lambda: _drop(table, audience), audience)
+        else:
+            stack.callback(table.sink.close)
+        table.create()
+        stack.callback(_quietly, counter.close, audience)
+        return _Play(counter, table, Order(redis, name, sql, name), audience).run(traffic)
+
+
+class _Play:
+    def __init__(
+        self, counter: BufferedCounter, table: Table, order: Order, audience: Audience
+    ) -> None:
+        self._counter = counter
+        self._table = table
+        self._job = FlushJob(counter, table.sink)
+        self._order = order
+        self._audience = audience
+        self._flushes: list[FlushReport] = []
+
+    def run(self, traffic: Traffic) -> Outcome:
+        """Play it."""
+        hits = traffic.targets
+        total = len(hits)
+        # Something is measured and something is left to kill a flusher over, however short the log.
+        first = -(-total * 2 // 5)
+        second = max(first, total * 3 // 5)
+        third = max(second + 1, total * 4 // 5)
+        fourth = (third + total) // 2
+
+        rate, calls, commands = self._measured(hits[:first])
+        if total > 1:
+            self._flush_during(hits[first:second])
+        self._count(hits[second:third])
+        killed = self._kill_during(hits[third:fourth])
+        self._flush_during(hits[fourth:])
+        self._flush_during([])
+        self._counter.close()
+
+        rows = self._table.rows()
+        sent = Counter(hits)
+        return Outcome(
+            hits_sent=total,
+            pages_sent=len(sent),
+            hits_in_sql=sum(rows.values()),
+            rows_in_sql=len(rows),
+            wrong_pages=sorted(p for p in sent.keys() | rows.keys() if sent[p] != rows.get(p, 0)),
+            dead=self._job.sink.dead_count(self._job.layout.full_name),
+            hits_per_second=rate,
+            calls_per_hit=calls,
+            commands_per_hit=commands,
+            top=sorted(rows.items(), key=lambda row: (-row[1], row[0]))[:10],
+            killed=killed,
+            flushes=self._flushes,
+        )
+
+    # Counting
+
+    def _add(self, hits: Sequence[str]) -> None:
+        incr = self._counter.incr
+        for target in hits:
+            incr(target)
+        self._audience.count(len(hits))
+
+    def _count(self, hits: Sequence[str]) -> None:
+        """Count hits as fast as it goes; Redis has them in the end."""
+        for some in _cut(hits, _SLICE):
+            self._add(some)
+        self._counter.send()
+
+    def _measured(self, hits: Sequence[str]) -> tuple[float, float | None, float | None]:
+        """Count hits; return hits per second, script calls per hit, commands per hit."""
+        before = self._commandstats()
+        began = time.perf_counter()
+        self._count(hits)
+        seconds = time.perf_counter() - began
+        after = self._commandstats()
+        rate = len(hits) / seconds
+        if before is None or after is None:
+            return rate, None, None
+        calls = after - before
+        scripts = sum(calls[name] for name in ("eval", "evalsha"))
+        self._audience.tell(
+            f"counted {len(hits):,} hits at {rate:,.0f} per second, with {scripts:,} script calls"
+        )
+        return rate, scripts / len(hits), calls.total() / len(hits)
+
+    def _commandstats(self) -> Counter[str] | None:
+        """Return how often Redis has run each command; None when it does not tell."""
+        command = Command(("INFO", "commandstats"), (), _calls, repeatable=True, bulk=True)
+        try:
+            return self._counter.transport.call(command, self._counter.deadline)
+        except ServerError:
+            return None
+
+    # Flushing
+
+    def _flush_during(self, hits: Sequence[str]) -> None:
+        """Let another process flush while hits are counted."""
+        flusher = Flusher(self._order)
+        try:
+            for portion in _cut(hits, -(-len(hits) // _PORTIONS)):
+                self._add(portion)
+                time.sleep(_PAUSE)
+            report = flusher.report()
+        finally:
+            flusher.kill()
+        self._counter.send()
+        self._flushes.append(report)
+        finished = "finished the batch of the killed one: " if report.recovered else ""
+        self._audience.tell(
+            f"flusher {flusher.pid} {finished}wrote {report.amount:,} hits to {report.rows:,} rows "
+            f"in {report.seconds:.2f} s"
+        )
+
+    def _kill_during(self, hits: Sequence[str]) -> Killed:
+        """Let another process flush, and SIGKILL it when a part of its batch is in SQL."""
+        ids = self._job.status().pending_ids
+        chunk = max(1, min(_SMALL_CHUNK, ids // 2))
+        halt_after = ids // chunk // 2
+        flusher = Flusher(self._order._replace(chunk=chunk, halt_after=halt_after))
+        try:
+            for portion in _cut(hits, -(-len(hits) // _PORTIONS)):
+                self._add(portion)
+                time.sleep(_PAUSE)
+            patience = time.monotonic() + _PATIENCE
+            while (seen := self._in_the_middle(flusher.pid)) is None or seen.written < halt_after:
+                if not flusher.running():
+                    flusher.report()  # raises what it died of
+                    raise RedisHacksError(f"flusher {flusher.pid} ended before it could be killed")
+                if time.monotonic() > patience:
+                    raise UnavailableError(f"flusher {flusher.pid} did not get to work in time")
+                time.sleep(0.01)
+        finally:
+            flusher.kill()
+        self._counter.send()
+        left = self._in_the_middle(flusher.pid)
+        if left is None or not flusher.killed():
+            raise RedisHacksError(f"flusher {flusher.pid} was not killed in the middle of a batch")
+        self._audience.tell(
+            f"flusher {flusher.pid} was killed with SIGKILL in the middle of a flush: "
+            f"{left.written:,} of the {left.chunks:,} chunks of its batch were in SQL"
+        )
+        return left
+
+    def _in_the_middle(self, pid: int) -> Killed | None:
+        """Look in Redis for a claimed batch, and in the ledger for what of it is in SQL."""
+        for batch in self._job.status().batches:
+            written = len(self._job.sink.applied(batch.id))
+            if written < batch.chunks:
+                return Killed(pid, batch.id, written, batch.chunks)
+        return None
+
+
+def _cut(hits: Sequence[str], size: int) -> Iterator[Sequence[str]]:
+    """Cut into parts of a size."""
+    return (hits[start : start + size] for start in range(0, len(hits), size or 1))
+
+
+def _calls(reply: bytes | str) -> Counter[str]:
+    """Read INFO commandstats; looking itself is left out."""
+    text = reply.decode() if isinstance(reply, bytes) else reply
+    found: Counter[str] = Counter()
+    for line in text.splitlines():
+        name, colon, fields = line.partition(":calls=")
+        if colon and name != "cmdstat_info":
+            found[name.removeprefix("cmdstat_")] = int(fields.split(",")[0])
+    return found
+
+
+# Cleaning up
+
+
+def _quietly(action: Callable[[], None], audience: Audience) -> None:
+    """Clean up; when that fails there is nothing better to do than to say so."""
+    try:
+        action()
+    except RedisHacksError as error:
+        audience.tell(f"could not clean up: {error}")
+
+
+def _drop(table: Table, audience: Audience) -> None:
+    table.drop()
+    audience.tell(f"dropped the table {table.name} and its ledger")
+
+
+def _remove_keys(counter: BufferedCounter, prefix: str, audience: Audience) -> None:
+    """Remove every key under a prefix; it is random, so they are all ours."""
+
+    def parse(reply: list[Any]) -> tuple[bytes, list[bytes]]:
+        return reply[0], reply[1]
+
+    transport, deadline = counter.transport, counter.deadline
+    cursor, removed = b"0", 0
+    while True:
+        words = ("SCAN", cursor, "MATCH", f"{prefix}:*", "COUNT", 1000)
+        cursor, keys = transport.call(Command(words, (), parse, repeatable=True), deadline)
+        for key in keys:
+            removed += transport.call(Command(("UNLINK", key), (key,), int), deadline)
+        if cursor == b"0":
+            break
+    audience.tell(f"removed the {removed:,} keys of {prefix} from Redis")

@@ -1,0 +1,807 @@
+"""`SQLiteSink`: counts into a SQLite table, each exactly once.
+
+    sink = SQLiteSink("app.db", table="pages", key="path", columns={"amount": "hits"})
+
+One transaction per chunk (`BEGIN IMMEDIATE`, `synchronous=FULL`; the journal mode is the file's own
+affair): the ledger row, then one upsert or update per row. SQLite has one writer at a time, so
+nothing deadlocks; while another one writes, a chunk is busy after a second.
+
+Trade-offs: SQLite checks few types by itself, so the sink does. An id must be an integer for an
+INTEGER key; a sum that leaves 64 bits, which SQLite would round, goes to the dead letters; so does
+what would be merged with a value of another kind. In a column declared DATETIME or TIMESTAMP,
+microseconds become `YYYY-MM-DD HH:MM:SS.ffffff` in UTC, elsewhere they stay integers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime as dt
+import json
+import os
+import re
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from types import ModuleType, TracebackType
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+
+from redishacks import _units
+from redishacks._command import Steps, call
+from redishacks._drive import drive
+from redishacks._sink import (
+    Applied,
+    Chunk,
+    ChunkId,
+    DeadLetter,
+    Reading,
+    Retried,
+    Rule,
+)
+from redishacks.errors import ServerError, UnavailableError, UsageError
+from redishacks.sinks._conversation import (
+    UNKNOWN_ID,
+    Conversation,
+    Dialect,
+    Lacks,
+    Letter,
+    Written,
+    merged,
+)
+from redishacks.sinks._target import (
+    BadIdError,
+    Rows,
+    Table,
+    Target,
+    identifier,
+    make_target,
+    text_of,
+)
+from redishacks.sinks._verdicts import (
+    BusyError,
+    LackingError,
+    RefusedError,
+    Result,
+)
+
+if TYPE_CHECKING:
+    import sqlite3
+
+T = TypeVar("T")
+
+_BUSY_TIMEOUT = 1.0
+
+#: Microseconds since 1970; julianday() is good to a tenth of a millisecond.
+_NOW = "CAST((julianday('now') - 2440587.5) * 86400000000 AS INTEGER)"
+
+
+_DIALECT = Dialect(
+    placeholder="?",
+    words={
+        "now": _NOW,
+        "now_micros": _NOW,
+        "at_micros": "at",
+        "week_ago": f"{_NOW} - {7 * 86_400_000_000}",
+        "skip_locked": "",
+        "among_texts": "IN (SELECT value FROM json_each(?))",
+        "among_numbers": "IN (SELECT value FROM json_each(?))",
+    },
+    array=json.dumps,
+)
+
+_BURY = f"""
+INSERT INTO {{dead}} (counter, batch, chunk, id, "column", amount, reason, at)
+VALUES (?, ?, ?, ?, ?, ?, ?, {_NOW})
+"""
+_LETTERS_OF = 'SELECT "column", amount FROM {dead} WHERE counter = ? AND id = ?'
+_ENTERED = """
+SELECT batch, chunk FROM {ledger} WHERE batch IN (SELECT value FROM json_each(?))
+"""
+
+_NOT_WRITTEN = (
+    "the row's value is of another kind, or would pass 64 bits; or a trigger discards the row"
+)
+
+# What the catalogue says
+
+
+class Column(NamedTuple):
+    """A column and what its declared type makes of values."""
+
+    name: str
+    declared: str
+
+    @property
+    def affinity(self) -> str:
+        """Return the affinity by SQLite's rules of names."""
+        declared = self.declared.upper()
+        for part, affinity in (
+            ("INT", "INTEGER"), ("CHAR", "TEXT"), ("CLOB", "TEXT"), ("TEXT", "TEXT"),
+            ("BLOB", "BLOB"), ("REAL", "REAL"), ("FLOA", "REAL"), ("DOUB", "REAL"),
+        ):  # fmt: skip
+            if part in declared:
+                return affinity
+        return "NUMERIC" if declared and declared != "ANY" else "NONE"
+
+    @property
+    def is_time(self) -> bool:
+        """Whether it holds moments as text."""
+        return self.declared.upper().startswith(("DATETIME", "TIMESTAMP"))
+
+    def fits(self, rule: Rule) -> bool:
+        """Whether a counter's column of this rule can be kept in it, exactly."""
+        if self.is_time:
+            return rule is not Rule.SUM
+        return self.affinity in ("INTEGER", "NUMERIC", "NONE")
+
+    def key(self, part: bytes) -> int | str | bytes:
+        """Return a part of an id as this key column holds it; raises `BadIdError`."""
+        if self.affinity == "BLOB":
+            return part
+        if self.affinity in ("INTEGER", "NUMERIC"):
+            if not _INTEGER.fullmatch(part) or not -(2**63) <= (number := int(part)) < 2**63:
+                raise BadIdError(f"id is not an integer of 64 bits, as {self.declared} keys are")
+            return number
+        return text_of(part)
+
+    def amount(self, rule: Rule, amount: int | None) -> int | str | None:
+        """Return an amount as this column holds it; raises `BadIdError`."""
+        if amount is None:
+            return 0 if rule is Rule.SUM else None
+        if self.is_time:
+            try:
+                return _units.moment(amount).isoformat(" ", "microseconds")[:26]
+            except OverflowError:
+                raise BadIdError(f"{amount} is no moment of the years 1 to 9999") from None
+        return amount
+
+    def reading(self, value: Any) -> int | None:
+        """Return a value of this column as an amount; None where it is none."""
+        if self.is_time and isinstance(value, str):
+            try:
+                found = dt.datetime.fromisoformat(value)
+            except ValueError:
+                return None
+            return _units.microseconds(found.replace(tzinfo=found.tzinfo or dt.UTC))
+        return value if isinstance(value, int) else None
+
+    def change(self, rule: Rule, new: str) -> tuple[str, str]:
+        """Return the assignment that merges a new value, and what must hold for it to be right."""
+        name = identifier(self.name)
+        if rule is Rule.SUM:
+            total = f"COALESCE({name}, 0) + {new}"
+            # Past 64 bits SQLite goes on in floating point, without a word.
+            return (
+                f"{name} = {total}",
+                f"typeof({name}) IN ('integer', 'null') AND typeof({total}) = 'integer'",
+            )
+        # SQLite's max() of a NULL is NULL.
+        change = f"{name} = {rule.value}(COALESCE({name}, {new}), COALESCE({new}, {name}))"
+        if self.is_time:
+            # Texts compare as moments only where they are written alike.
+            return change, f"({name} IS NULL OR {name} GLOB '{_TIME}' OR {name} GLOB '{_TIME}.*')"
+        return change, f"typeof({name}) IN ('integer', 'null')"
+
+
+_INTEGER = re.compile(rb"\s*[+-]?[0-9]{1,19}\s*")
+_DIGITS = "[0-9][0-9]"
+_TIME = f"{_DIGITS}{_DIGITS}-{_DIGITS}-{_DIGITS} {_DIGITS}:{_DIGITS}:{_DIGITS}"
+
+
+class Shape(NamedTuple):
+    """The target's columns."""
+
+    keys: tuple[Column, ...]
+    #: By the counter's column.
+    values: Mapping[str, Column]
+
+
+# The database
+
+
+class SQLiteDatabase:
+    """A file or a connection; one transaction at a time.
+
+    The file is opened at first use, and anew after a fork.
+    """
+
+    def __init__(self, target: object) -> None:
+        self._sqlite3 = _sqlite3()
+        self._path: str | None = None
+        self._conn: Any = None
+        self._pid = 0
+        #: Connections of a parent process, which SQLite forbids to use, and even to close.
+        self._inherited: list[Any] = []
+        self._lock = threading.Lock()
+        if isinstance(target, str | Path):
+            self._path = str(target)
+        elif isinstance(target, self._sqlite3.Connection):
+            self._conn = target
+        else:
+            raise UsageError(
+                f"SQLite is given as a path or a sqlite3.Connection, not as {type(target).__name__}"
+            )
+
+    def transaction(self, body: Steps[T], *, write: bool = True) -> Steps[T]:
+        """See `Database.transaction`."""
+        with self._lock:
+            yield from call(self._open)
+            synchronous, text = self._settle()
+            try:
+                yield from self.run("BEGIN IMMEDIATE" if write else "BEGIN")
+                try:
+                    value = yield from body
+                    if not self.in_transaction:
+                        raise _rolled_back()
+                    yield from self.run("COMMIT")
+                    return value
+                except BaseException:
+                    if self.in_transaction:
+                        self._conn.execute("ROLLBACK")
+                    raise
+            finally:
+                self._unsettle(synchronous, text)
+
+    def run(self, sql: str, params: Sequence[Any] | None = None) -> Steps[Result]:
+        """See `Database.run`."""
+        result: Result = yield from call(self.execute, sql, params or ())
+        return result
+
+    def execute(self, sql: str, params: Sequence[Any] = ()) -> Result:
+        """Run one statement."""
+        with self._translated():
+            cursor = self._conn.cursor()
+            cursor.row_factory = None  # the connection's is the user's
+            cursor.execute(sql, params)
+            return Result(cursor.fetchall(), cursor.rowcount)
+
+    def execute_many(self, sql: str, rows: Sequence[Sequence[Any]]) -> int:
+        """Run one statement per row; return how many rows were written."""
+        with self._translated():
+            count: int = self._conn.executemany(sql, rows).rowcount
+            return count
+
+    @property
+    def in_transaction(self) -> bool:
+        """Whether the transaction lives: triggers may roll it back."""
+        alive: bool = self._conn.in_transaction
+        return alive
+
+    @contextlib.contextmanager
+    def _translated(self) -> Iterator[None]:
+        try:
+            yield
+        except self._sqlite3.Error as error:
+            raise verdict(self._sqlite3, error) from error
+
+    def close(self) -> Steps[None]:
+        """Close the file that was opened here."""
+        if self._path is not None and self._conn is not None and self._pid == os.getpid():
+            conn, self._conn = self._conn, None
+            yield from call(conn.close)
+
+    def _open(self) -> None:
+        if self._path is not None and self._pid != os.getpid():
+            if self._conn is not None:
+                self._inherited.append(self._conn)
+                self._conn = None
+            self._pid = os.getpid()
+        with self._translated():
+            if self._conn is None:
+                self._conn = self._sqlite3.connect(
+                    self._path, timeout=_BUSY_TIMEOUT, isolation_level=None, check_same_thread=False
+                )
+                self._conn.execute("PRAGMA foreign_keys = ON")
+            if self._conn.in_transaction:
+                raise UsageError(
+                    "the SQLite connection is inside a transaction (one made with autocommit=False "
+                    "always is): what the sink writes there could still be rolled back after it "
+                    "was acknowledged"
+                )
+
+    def _settle(self) -> tuple[int, Any]:
+        """Make commits durable and texts str for one transaction; return what was set before."""
+        synchronous = self.execute("PRAGMA synchronous").rows[0][0]
+        if synchronous < 2:
+            self.execute("PRAGMA synchronous = FULL")
+        text, self._conn.text_factory = self._conn.text_factory, str
+        return synchronous, text
+
+    def _unsettle(self, synchronous: int, text: Any) -> None:
+        self._conn.text_factory = text
+        if synchronous < 2:
+            self.execute(f"PRAGMA synchronous = {int(synchronous)}")
+
+
+def verdict(sqlite3: ModuleType, error: Exception) -> Exception:
+    """Translate an error into what has to be done about it, by SQLite's result code."""
+    reason = str(error)
+    code = getattr(error, "sqlite_errorcode", None)
+    if code is None:
+        # Raised by the module itself.
+        if "closed database" in reason:
+            return UnavailableError("the SQLite connection that the sink was given is closed")
+        if isinstance(error, sqlite3.DataError):
+            return RefusedError(reason)
+        return UsageError(reason) if "thread" in reason else ServerError(f"ERR {reason}")
+    primary = code & 0xFF
+    if primary in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
+        return BusyError(reason)
+    if primary in (sqlite3.SQLITE_CONSTRAINT, sqlite3.SQLITE_MISMATCH, sqlite3.SQLITE_TOOBIG):
+        return RefusedError(reason)
+    if primary in (sqlite3.SQLITE_ERROR, sqlite3.SQLITE_SCHEMA, sqlite3.SQLITE_AUTH):
+        lacking = ("no such", "has no column", "does not match any", "not authorized")
+        if any(phrase in reason for phrase in lacking):
+            return LackingError(reason)
+        return RefusedError(reason) if "overflow" in reason else ServerError(f"ERR {reason}")
+    # The file cannot be opened, read or written, the disk is full, …
+    return UnavailableError(f"SQLite: {reason}")
+
+
+def _rolled_back() -> ServerError:
+    return ServerError(
+        "ERR a trigger or constraint says ROLLBACK, which undoes the whole transaction: let it "
+        "say ABORT, which refuses the row"
+    )
+
+
+def _sqlite3() -> ModuleType:
+    """Import the driver when a sink is made; some builds of Python lack it."""
+    try:
+        import sqlite3
+    except ImportError as error:
+        raise UsageError(f"this Python was built without sqlite3: {error}") from None
+    return sqlite3
+
+
+# The conversation
+
+
+class SQLiteConversation(Conversation):
+    """What is SQLite's own in the conversation."""
+
+    database: SQLiteDatabase
+
+    def __init__(self, target: Target, database: SQLiteDatabase) -> None:
+        super().__init__(target, database, _DIALECT)
+        self._shape: Shape | None = None
+
+    def destination(self) -> str:
+        """See `Sink.destination`."""
+        return self.target.shown("sqlite")
+
+    def table_name(self, table: tuple[str, ...]) -> str:
+        """Quote a table's name."""
+        return identifier(*table)
+
+    def ddl(self) -> str:
+        """See `Sink.ddl`."""
+        return ";\n".join(self._ddl()) + ";\n"
+
+    def _ddl(self) -> list[str]:
+        ledger, dead = self.target.ledger, self.target.dead
+        return [
+            f"""\
+CREATE TABLE IF NOT EXISTS {identifier(*ledger)} (
+    counter TEXT NOT NULL,
+    batch TEXT NOT NULL,
+    chunk INTEGER NOT NULL,
+    copy BLOB NOT NULL DEFAULT x'',
+    digest BLOB NOT NULL,
+    rows INTEGER NOT NULL,
+    applied_at INTEGER NOT NULL,
+    gone_at INTEGER,
+    PRIMARY KEY (batch, chunk, copy)
+) WITHOUT ROWID""",
+            f"""\
+CREATE TABLE IF NOT EXISTS {identifier(*dead)} (
+    number INTEGER PRIMARY KEY AUTOINCREMENT,
+    counter TEXT NOT NULL,
+    batch TEXT NOT NULL,
+    chunk INTEGER NOT NULL,
+    id BLOB NOT NULL,
+    "column" TEXT NOT NULL,
+    amount INTEGER NOT NULL,
+    reason TEXT NOT NULL,
+    at INTEGER NOT NULL
+)""",
+        ]
+
+    def create(self) -> Steps[None]:
+        """Make both tables unless they exist."""
+        for statement in self._ddl():
+            yield from self.database.run(statement)
+
+    def bury(self, chunk: Chunk, letters: Sequence[Letter]) -> Steps[None]:
+        """Insert dead letters."""
+        head = (chunk.counter, chunk.batch, chunk.index)
+        yield from call(
+            self.database.execute_many, self.sql(_BURY), [(*head, *letter) for letter in letters]
+        )
+
+    # The catalogue
+
+    def look(self, rules: Mapping[str, Rule]) -> Steps[int]:
+        """Read the catalogue and keep it; raise `SchemaError` for what is missing."""
+        target = self.target
+        lacks = Lacks()
+        for name in (target.ledger, target.dead):
+            if not (yield from self._columns_of(name)):
+                lacks.add(f"no table {'.'.join(name)}", self.ddl().rstrip())
+        rows = yield from self._columns_of(target.table)
+        columns = {name: Column(name, declared) for name, declared, *_ in rows}
+        shown = ".".join(target.table)
+        if not rows:
+            lacks.add(f"no table {shown}", self._table_ddl())
+        else:
+            self._check_columns(columns, rows, rules, lacks)
+            if not (yield from self._unique(rows)):
+                keys = ", ".join(map(identifier, target.key))
+                index = identifier(*target.table[:-1], f"{target.table[-1]}_{target.key[0]}")
+                lacks.add(
+                    f"no unique index on {', '.join(target.key)} of {shown}",
+                    f"CREATE UNIQUE INDEX {index} ON {identifier(target.table[-1])} ({keys});",
+                )
+        lacks.raise_any()
+        self._shape = Shape(
+            tuple(columns[name] for name in target.key),
+            {name: columns[sql] for name, sql in target.columns.items()},
+        )
+        clock: int = (yield from self.run("SELECT {now}")).rows[0][0]
+        return clock
+
+    def _columns_of(self, table: tuple[str, ...]) -> Steps[Sequence[tuple[Any, ...]]]:
+        """Return (name, declared type, not null, default, place in the primary key, hidden)."""
+        of = "?, ?" if len(table) == 2 else "?"
+        sql = f'SELECT name, type, "notnull", dflt_value, pk, hidden FROM pragma_table_xinfo({of})'
+        return (yield from self.run(sql, *reversed(table))).rows
+
+    def _unique(self, rows: Sequence[tuple[Any, ...]]) -> Steps[bool]:
+        key = set(self.target.key)
+        primary = {name: declared for name, declared, _, _, place, _ in rows if place}
+        if set(primary) == key and [t.upper() for t in primary.values()] == ["INTEGER"]:
+            return True  # an alias of the rowid, which has no index
+        schema = self.target.table[:-1]
+        of = "?, ?" if schema else "?"
+        indexes = yield from self.run(
+            f'SELECT name FROM pragma_index_list({of}) WHERE "unique" AND NOT partial',
+            self.target.table[-1],
+            *schema,
+        )
+        for (index,) in indexes.rows:
+            sql = f"SELECT name FROM pragma_index_info({of})"
+            found = yield from self.run(sql, index, *schema)
+            if {name for (name,) in found.rows} == key and len(found.rows) == len(key):
+                return True
+        return False
+
+    def _check_columns(
+        self,
+        columns: Mapping[str, Column],
+        rows: Sequence[tuple[Any, ...]],
+        rules: Mapping[str, Rule],
+        lacks: Lacks,
+    ) -> None:
+        target = self.target
+        shown = ".".join(target.table)
+        alter = f"ALTER TABLE {identifier(*target.table)}"
+        ours = {*target.key, *target.columns.values()}
+        for name, _declared, not_null, default, place, hidden in rows:
+            if name not in ours and target.mode == "upsert" and not hidden:
+                if not_null and default is None and not place:
+                    lacks.add(
+                        f'column {name} is NOT NULL without a default: use mode="update"',
+                        f"-- SQLite gives a default only to a new table: {identifier(name)}",
+                    )
+            elif name in ours and hidden:
+                lacks.add(f"column {name} of {shown} is generated", "-- name another column")
+        for name in target.key:
+            if name not in columns:
+                lacks.add(f"no column {name} in {shown}", f"{alter} ADD {identifier(name)} TEXT;")
+            elif columns[name].affinity == "REAL" or columns[name].is_time:
+                lacks.add(
+                    f"key {name} is {columns[name].declared}, and a key is INTEGER, TEXT or BLOB",
+                    "-- name another key",
+                )
+        for counted, name in target.columns.items():
+            rule = rules.get(counted)
+            if name not in columns:
+                default = " NOT NULL DEFAULT 0" if rule is Rule.SUM else ""
+                lacks.add(
+                    f"no column {name} in {shown}",
+                    f"{alter} ADD {identifier(name)} INTEGER{default};",
+                )
+            elif rule and not columns[name].fits(rule):
+                lacks.add(
+                    f"column {name} is {columns[name].declared}, which cannot hold every {rule} "
+                    "exactly",
+                    f"{alter} ADD {identifier(name + '_count')} INTEGER;",
+                )
+
+    def _table_ddl(self) -> str:
+        lines = [f"    {identifier(name)} TEXT NOT NULL," for name in self.target.key]
+        lines += [f"    {identifier(name)} INTEGER," for name in self.target.columns.values()]
+        keys = ", ".join(map(identifier, self.target.key))
+        body = "\n".join(lines)
+        table = identifier(*self.target.table)
+        return f"CREATE TABLE {table} (\n{body}\n    PRIMARY KEY ({keys})\n);"
+
+    def _known(self, rules: Mapping[str, Rule]) -> Steps[Shape]:
+        if self._shape is None:
+            yield from self.look(rules)
+        assert self._shape is not None
+        return self._shape
+
+    # Writing
+
+    def write(
+        self,
+        rules: Mapping[str, Rule],
+        ids: Sequence[bytes],
+        values: Sequence[Sequence[int | None]],
+    ) -> Steps[Written]:
+        """Write rows, sorting out those that the table will not take.
+
+        Each row is a statement of its own, so keys that are equal in SQL simply add up.
+        """
+        shape = yield from self._known(rules)
+        rows, refused = self._as_rows(shape, rules, ids, values)
+        sql = self._statement(shape, rules)
+        flat = list(zip(*rows.keys, *rows.values, strict=True))
+        if not flat:
+            return Written(0, refused)
+        yield from self.run("SAVEPOINT redishacks")
+        try:
+            count = yield from call(self.database.execute_many, sql, flat)
+        except RefusedError:
+            count = -1
+        if count == len(flat):
+            yield from self.run("RELEASE redishacks")
+            return Written(count, refused)
+        if not self.database.in_transaction:
+            raise _rolled_back()
+        yield from self.run("ROLLBACK TO redishacks")
+        one_by_one = yield from call(self._one_by_one, shape, sql, flat)
+        refused += [(rows.at[place], reason) for place, reason in one_by_one]
+        written = len(flat) - len(one_by_one)
+        if self.target.unknown == "drop":
+            refused = [(place, reason) for place, reason in refused if reason != UNKNOWN_ID]
+        return Written(written, refused)
+
+    def _one_by_one(
+        self, shape: Shape, sql: str, rows: Sequence[tuple[Any, ...]]
+    ) -> list[tuple[int, str]]:
+        """Write rows one by one; return (place, reason) of those that are not written."""
+        execute = self.database.execute
+        refused = []
+        for place, row in enumerate(rows):
+            execute("SAVEPOINT one")
+            try:
+                if execute(sql, row).count != 1:
+                    refused.append((place, self._why(shape, row)))
+            except RefusedError as error:
+                if not self.database.in_transaction:
+                    raise _rolled_back() from error
+                execute("ROLLBACK TO one")
+                refused.append((place, error.reason))
+            execute("RELEASE one")
+        return refused
+
+    def _why(self, shape: Shape, row: tuple[Any, ...]) -> str:
+        """Say why a statement that was not refused wrote no row; nobody else writes meanwhile."""
+        if self.target.mode == "update":
+            table, where = identifier(*self.target.table), self._where(shape)
+            found = self.database.execute(
+                f"SELECT 1 FROM {table} WHERE {where}", row[: len(shape.keys)]
+            )
+            if not found.rows:
+                return UNKNOWN_ID
+        return _NOT_WRITTEN
+
+    def _as_rows(
+        self,
+        shape: Shape,
+        rules: Mapping[str, Rule],
+        ids: Sequence[bytes],
+        values: Sequence[Sequence[int | None]],
+    ) -> tuple[Rows, list[tuple[int, str]]]:
+        """Return keys and amounts as the columns hold them, in key order, and the bad ones."""
+        columns = [(shape.values[name], rule) for name, rule in rules.items()]
+        good: list[tuple[Any, ...]] = []
+        bad: list[tuple[int, str]] = []
+        for place, id in enumerate(ids):
+            try:
+                parts = self.target.parts(id)
+                keys = [key.key(part) for key, part in zip(shape.keys, parts, strict=True)]
+                amounts = [
+                    column.amount(rule, amounts[place])
+                    for (column, rule), amounts in zip(columns, values, strict=True)
+                ]
+            except BadIdError as error:
+                bad.append((place, str(error)))
+            else:
+                good.append((*keys, place, *amounts))
+        width = len(shape.keys)
+        good.sort(key=lambda row: row[: width + 1])
+        cut = list(zip(*good, strict=True)) if good else [()] * (width + 1 + len(columns))
+        return Rows(cut[width], tuple(cut[:width]), tuple(cut[width + 1 :])), bad
+
+    def _statement(self, shape: Shape, rules: Mapping[str, Rule]) -> str:
+        columns = [shape.values[name] for name in rules]
+        table = identifier(*self.target.table)
+        first = len(shape.keys) + 1
+        if self.target.mode == "update":
+            news = [f"?{first + i}" for i in range(len(columns))]
+        else:
+            news = [f"excluded.{identifier(column.name)}" for column in columns]
+        merges = [
+            column.change(rule, new)
+            for column, rule, new in zip(columns, rules.values(), news, strict=True)
+        ]
+        changes = ", ".join(change for change, _ in merges)
+        guard = " AND ".join(f"({condition})" for _, condition in merges)
+        if self.target.mode == "update":
+            return f"UPDATE {table} SET {changes} WHERE {self._where(shape)} AND {guard}"
+        keys = ", ".join(identifier(key.name) for key in shape.keys)
+        names = ", ".join(identifier(column.name) for column in columns)
+        places = ", ".join("?" * (first - 1 + len(columns)))
+        return (
+            f"INSERT INTO {table} ({keys}, {names}) VALUES ({places}) "
+            f"ON CONFLICT ({keys}) DO UPDATE SET {changes} WHERE {guard}"
+        )
+
+    def _where(self, shape: Shape) -> str:
+        return " AND ".join(f"{identifier(key.name)} = ?{i}" for i, key in enumerate(shape.keys, 1))
+
+    # Reading
+
+    def read(
+        self,
+        counter: str,
+        columns: Mapping[str, Rule],
+        id: bytes,
+        chunks: Sequence[ChunkId],
+        batches: Sequence[str],
+    ) -> Steps[Reading]:
+        """See `Sink.read`; one read transaction, hence one snapshot."""
+        self.target.check(list(columns))
+        body = lambda: self._read(counter, columns, id, chunks, batches)  # noqa: E731
+        return (yield from self.settled(columns, body, write=False))
+
+    def _read(
+        self,
+        counter: str,
+        columns: Mapping[str, Rule],
+        id: bytes,
+        chunks: Sequence[ChunkId],
+        batches: Sequence[str],
+    ) -> Steps[Reading]:
+        shape = yield from self._known(columns)
+        row: dict[str, int | None] = dict.fromkeys(columns)
+        try:
+            parts = self.target.parts(id)
+            keys = [key.key(part) for key, part in zip(shape.keys, parts, strict=True)]
+        except BadIdError:
+            pass  # it can have no row
+        else:
+            kept = [shape.values[name] for name in columns]
+            # The + takes the declared type away, which the connection may convert by.
+            values = ", ".join(f"+{identifier(column.name)}" for column in kept)
+            table = identifier(*self.target.table)
+            found = yield from self.database.run(
+                f"SELECT {values} FROM {table} WHERE {self._where(shape)}", keys
+            )
+            for cells in found.rows:
+                row = {
+                    name: column.reading(cell)
+                    for name, column, cell in zip(columns, kept, cells, strict=True)
+                }
+        letters = yield from self.run(_LETTERS_OF, counter, id)
+        asked = json.dumps(sorted({*batches, *(chunk.batch for chunk in chunks)}))
+        entered = {ChunkId(*found) for found in (yield from self.run(_ENTERED, asked)).rows}
+        return Reading(
+            row,
+            merged(columns, letters.rows),
+            frozenset(entered.intersection(chunks)),
+            frozenset(chunk.batch for chunk in entered).intersection(batches),
+        )
+
+
+class SQLiteSink:
+    """A `Sink` that writes to a SQLite table.
+
+    `target` is the path of a file, or a `sqlite3.Connection` that is outside any transaction when
+    the sink is called. The other arguments are those of `PostgresSink`; `("schema", "name")` names
+    a table of an attached database. Key columns are INTEGER, TEXT or BLOB, counted columns INTEGER,
+    for max and min also DATETIME or TIMESTAMP.
+
+    Raises `UsageError` for arguments that cannot work; opens the file at first use. One call at a
+    time: calls from several threads wait for each other. `AsyncFlushJob` calls it in a thread.
+    """
+
+    def __init__(
+        self,
+        target: str | Path | sqlite3.Connection,
+        *,
+        table: Table,
+        key: str | tuple[str, ...],
+        columns: Mapping[str, str],
+        mode: str = "upsert",
+        unknown: str = "dead",
+        ledger: Table = "redishacks_ledger",
+        dead: Table = "redishacks_dead",
+    ) -> None:
+        checked = make_target(table, key, columns, mode, unknown, ledger, dead)
+        self._steps = SQLiteConversation(checked, SQLiteDatabase(target))
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.destination()}>"
+
+    def __enter__(self) -> SQLiteSink:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def destination(self) -> str:
+        """Return `sqlite table(key) counted=column`."""
+        return self._steps.destination()
+
+    def ddl(self) -> str:
+        """Return the SQL that makes the ledger and the dead-letter table, for migrations."""
+        return self._steps.ddl()
+
+    def create_ledger(self) -> None:
+        """Make both tables unless they exist; safe to call from many processes at once."""
+        drive(self._steps.create_ledger())
+
+    def begin(self, columns: Mapping[str, Rule]) -> Any:
+        """Check tables, columns, types and the unique index; return the clock."""
+        return drive(self._steps.begin(columns))
+
+    def apply(self, chunk: Chunk) -> Applied:
+        """Write a chunk and its ledger row in one transaction."""
+        return drive(self._steps.apply(chunk))
+
+    def applied(self, batch: str) -> frozenset[int]:
+        """Return which chunks of a batch are in the ledger."""
+        return drive(self._steps.applied(batch))
+
+    def read(
+        self,
+        counter: str,
+        columns: Mapping[str, Rule],
+        id: bytes,
+        chunks: Sequence[ChunkId],
+        batches: Sequence[str],
+    ) -> Reading:
+        """Read one id's row, dead letters and ledger entries in one snapshot."""
+        return drive(self._steps.read(counter, columns, id, chunks, batches))
+
+    def unsettled(self, counter: str) -> frozenset[str]:
+        """Return the batches in the ledger that are not marked as gone from Redis."""
+        return drive(self._steps.unsettled(counter))
+
+    def prune(self, counter: str, gone: frozenset[str]) -> int:
+        """Mark batches as gone; delete rows marked over 7 days ago; return how many."""
+        return drive(self._steps.prune(counter, gone))
+
+    def dead(self, counter: str | None = None, limit: int = 100) -> list[DeadLetter]:
+        """Return open dead letters, oldest first, of one counter or of all."""
+        return drive(self._steps.dead(counter, limit))
+
+    def dead_count(self, counter: str) -> int:
+        """Return how many open dead letters a counter has."""
+        return drive(self._steps.dead_count(counter))
+
+    def retry(self, counter: str, columns: Mapping[str, Rule]) -> Retried:
+        """Apply a counter's open dead letters again, each exactly once."""
+        return drive(self._steps.retry(counter, columns))
+
+    def close(self) -> None:
+        """Close the file; a connection stays the caller's."""
+        drive(self._steps.close())

@@ -1,0 +1,306 @@
+"""The demonstration: what it replays, what it shows, and that it leaves nothing behind."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psycopg
+import pytest
+import redis
+from click.testing import CliRunner
+
+from redishacks.cli import commands
+from redishacks.demo import table
+from redishacks.demo.traffic import Skipped, made_up, parse, read_log
+from redishacks.errors import UsageError
+from redishacks.testing import Postgres, Server
+from tests.helpers import eventually
+
+LINE = '1.2.3.4 - - [17/May/2015:10:05:03 +0000] "{}" 200 17 "-" "agent"\n'
+
+
+def log_of(*requests: str) -> str:
+    """Return a log with these requests."""
+    return "".join(LINE.format(request) for request in requests)
+
+
+def demo(*args: str, **options: Any) -> subprocess.CompletedProcess[str]:
+    """Run the command to its end."""
+    command = [sys.executable, "-m", "redishacks", "demo", *args]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, **options)
+
+
+def outcome(*args: str, **options: Any) -> dict[str, Any]:
+    """Run the command, which must succeed, and return its JSON."""
+    done = demo(*args, "--json", **options)
+    assert done.returncode == 0, done.stderr
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+@pytest.fixture
+def place() -> Iterator[Path]:
+    """A directory for temporary files, with a path short enough for unix sockets."""
+    with tempfile.TemporaryDirectory(prefix="d-", dir="/tmp") as directory:
+        path = Path(directory)
+        path.chmod(0o755)  # PostgreSQL may run as another user
+        yield path
+
+
+def left_over(place: Path) -> list[int]:
+    """Return the processes that were started with this TMPDIR, or that work in it.
+
+    Some servers overwrite their environment with a title.
+    """
+    found = []
+    for entry in Path("/proc").iterdir():
+        try:
+            if entry.name.isdigit() and (
+                f"TMPDIR={place}\0".encode() in (entry / "environ").read_bytes()
+                or str((entry / "cwd").readlink()).startswith(f"{place}/")
+            ):
+                found.append(int(entry.name))
+        except OSError:
+            continue
+    return found
+
+
+# What is replayed
+
+
+def test_targets_stand_as_in_the_log() -> None:
+    """A hit is the request's target, query and all; the common format is read as well."""
+    common = '::1 - bob [17/May/2015:10:05:03 +0000] "POST /b HTTP/2.0" 304 -\n'
+    log = log_of("GET /a?b=1&c HTTP/1.1", "GET /old", r"GET /say\"hi\" HTTP/1.0") + common
+    assert parse(log.splitlines(True)).targets == ["/a?b=1&c", "/old", r"/say\"hi\"", "/b"]
+
+
+def test_lines_that_are_no_log_lines_are_named() -> None:
+    """Junk, requests without a target and endless targets are left out, counted and named."""
+    junk = ["\n", "hello\n", LINE.format("-"), LINE.format(r"\x16\x03\x01"), LINE.format("GET ")]
+    long = LINE.format(f"GET /{'x' * 2048} HTTP/1.1")
+    traffic = parse([LINE.format("GET / HTTP/1.1"), *junk, long, *["x\n"] * 20])
+    assert (traffic.targets, traffic.skipped, len(traffic.first_skipped)) == (["/"], 26, 10)
+    assert traffic.first_skipped[0] == Skipped(2, "not in the combined log format")
+    assert traffic.first_skipped[2] == Skipped(4, "no request in it")
+    assert traffic.first_skipped[5] == Skipped(7, "a target of over 2,048 bytes")
+
+
+def test_stray_bytes_are_escaped(tmp_path: Path) -> None:
+    """Bytes that are not UTF-8 are counted as servers log them, and form feeds end no line."""
+    log = tmp_path / "log"
+    log.write_bytes(b"\x0c\n" + LINE.format("GET /~ HTTP/1.1").encode().replace(b"~", b"\xff"))
+    assert read_log(str(log)).targets == ["/\\xff"]
+
+
+def test_a_log_that_cannot_be_read_is_a_usage_error(tmp_path: Path) -> None:
+    """A missing file, a cut gzip file and a file without hits are said in one line."""
+    cut = tmp_path / "cut.gz"
+    cut.write_bytes(gzip.compress(log_of("GET / HTTP/1.1").encode() * 100)[:-20])
+    junk = tmp_path / "junk"
+    junk.write_text("no\nlog\n")
+    for path in (tmp_path / "missing", tmp_path, cut, junk):
+        with pytest.raises(UsageError, match=f"the log {path}"):
+            read_log(str(path))
+
+
+def test_made_up_traffic_is_repeatable_and_uneven() -> None:
+    """The same seed makes the same hits, a few pages far ahead of the others."""
+    traffic = made_up(10_000, 7)
+    assert traffic == made_up(10_000, 7) != made_up(10_000, 8)
+    assert traffic.targets.count("/page/1") > 10 * traffic.targets.count("/page/100") > 0
+
+
+# What is shown
+
+
+def test_made_up_traffic_agrees(tmp_path: Path) -> None:
+    """A flusher dies in the middle of its batch, the next one finishes it, all hits are there."""
+    found = outcome("--hits", "30000", "--seed", "3")
+    assert found["agree"]
+    assert found["hits_sent"] == found["hits_in_sql"] == 30_000
+    assert found["pages_sent"] == found["rows_in_sql"]
+    assert 0 < found["killed"]["written"] < found["killed"]["chunks"]
+    assert [report["recovered"] for report in found["flushes"]] == [0, 1, 0]
+    assert sum(report["batches"] for report in found["flushes"]) >= 3
+    assert found["hits_per_second"] > 1000
+    assert 0 < found["calls_per_hit"] < found["commands_per_hit"] < 1.5
+
+
+def test_a_log_with_junk_in_it(tmp_path: Path) -> None:
+    """Text on pipes: the verdict, the costs, the top pages, and the lines left out."""
+    log = tmp_path / "access.log.gz"
+    requests = ["GET /b HTTP/1.1", "GET /a?x=1 HTTP/1.1"] * 30
+    requests += ["GET /a?x=1 HTTP/1.1"] * 10 + ["GET /\x1b[0m HTTP/1.1"]
+    text = log_of(*requests) + "junk\n" + log_of("GET /c HTTP/1.1")
+    log.write_bytes(gzip.compress(text.encode()))
+    done = demo("--log", str(log))
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.startswith("replaying 71 hits\n")
+    assert "killed with SIGKILL in the middle of a flush: 1 of the 2 chunks" in done.stderr
+    assert "Redis and SQL agree to the last hit." in done.stdout
+    assert "71 on 3 pages" in done.stdout
+    assert "71 in 3 rows" in done.stdout
+    assert done.stdout.index("40  /a?x=1") < done.stdout.index("30  /b")
+    assert "2 lines are left out:\n  line 71: no request in it\n" in done.stdout
+    assert "  line 72: not in the combined log format\n" in done.stdout
+    assert "\x1b" not in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("hits", [1, 2, 3])
+def test_the_smallest_logs(hits: int) -> None:
+    """Even one single hit, from standard input, is claimed by a flusher that is killed."""
+    log = log_of(*(f"GET /{n} HTTP/1.1" for n in range(hits)))
+    found = outcome("--log", "-", input=log)
+    assert found["hits_in_sql"] == found["rows_in_sql"] == hits
+    assert found["killed"]["written"] < found["killed"]["chunks"]
+    assert sum(report["recovered"] for report in found["flushes"]) == 1
+
+
+def test_progress_on_a_terminal(tmp_path: Path) -> None:
+    """On a terminal a bar shows how much was replayed, and is gone in the end."""
+    log = tmp_path / "log"
+    log.write_text(log_of("GET / HTTP/1.1") * 5)
+    ours, theirs = os.openpty()
+    try:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "redishacks", "demo", "--log", str(log)],
+            stdout=subprocess.DEVNULL, stderr=theirs, env={**os.environ, "TERM": "xterm"},
+        )  # fmt: skip
+        os.close(theirs)
+        shown = b""
+        try:
+            while data := os.read(ours, 65536):
+                shown += data
+        except OSError:  # what reading a terminal gives when the other end is closed
+            pass
+        assert process.wait(60) == 0
+    finally:
+        os.close(ours)
+    assert b"replaying" in shown
+    assert b"5/5" in shown
+
+
+def test_a_wrong_count_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """When SQL and the hits sent differ, it says so and exits with 1."""
+    rows = table.Table.rows
+    monkeypatch.setattr(table.Table, "rows", lambda self: {**rows(self), "/page/1": 1})
+    kept = {one: signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        done = CliRunner().invoke(commands, ["demo", "--hits", "1000"])
+    finally:
+        for one, handler in kept.items():
+            signal.signal(one, handler)
+    assert done.exit_code == 1
+    assert "do NOT agree: 1,000 hits were sent" in done.output
+    assert "1 pages differ: /page/1" in done.output
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ("--log", "x", "--hits", "1"),
+        ("--postgres", "--sql", "sqlite:///x"),
+        ("--hits", "0"),
+        ("--sql", "mysql://root:geheim@db/x"),
+        ("--log", "/nowhere"),
+    ],
+)
+def test_usage(args: tuple[str, ...]) -> None:
+    """What can never work exits with 2, without a traceback and without a password."""
+    done = demo(*args)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert "geheim" not in done.stderr
+
+
+# Servers of the user's own, and ends
+
+
+def test_postgres(place: Path) -> None:
+    """With --postgres it is a private PostgreSQL that counts, and it is gone in the end."""
+    environment = {**os.environ, "TMPDIR": str(place)}
+    found = outcome("--postgres", "--hits", "5000", env=environment)
+    assert found["agree"]
+    assert found["hits_in_sql"] == 5000
+    assert eventually(lambda: not left_over(place))
+    assert list(place.iterdir()) == []
+
+
+def test_own_servers_are_left_as_they_were(valkey: Server, postgres: Postgres, pg_dsn: str) -> None:
+    """On given servers only keys and tables of random names are made, and they are removed."""
+    with redis.Redis.from_url(valkey.url) as client, psycopg.connect(pg_dsn) as db:
+        client.set("theirs", 1)
+        before = sorted(client.keys())
+        done = demo("--hits", "3000", "--redis", valkey.url, "--sql", pg_dsn)
+        assert done.returncode == 0, done.stderr
+        assert "dropped the table redishacks_demo_" in done.stderr
+        assert "keys of redishacks_demo_" in done.stderr
+        assert sorted(client.keys()) == before
+        tables = "SELECT tablename FROM pg_tables WHERE schemaname = 'public'"
+        assert db.execute(tables).fetchall() == []
+
+
+def test_an_own_sqlite_file_is_left_as_it_was(tmp_path: Path) -> None:
+    """A given SQLite file keeps its own tables, and no other."""
+    path = tmp_path / "own file.db"
+    with sqlite3.connect(path) as db:
+        db.execute("CREATE TABLE own (x)")
+    found = outcome("--hits", "1000", "--sql", f"sqlite:///{str(path).replace(' ', '%20')}")
+    assert found["agree"]
+    tables = "SELECT name FROM sqlite_master WHERE name NOT LIKE 'sqlite_%'"
+    assert db.execute(tables).fetchall() == [("own",)]
+    db.close()
+
+
+def test_a_server_that_is_away(tmp_path: Path) -> None:
+    """It exits with 75, one line and no password."""
+    for args in (
+        ("--redis", "redis://:geheim@127.0.0.1:1/0"),
+        ("--sql", "postgresql://postgres:geheim@127.0.0.1:1/x"),
+    ):
+        done = demo("--hits", "10", *args)
+        assert done.returncode == 75, done.stderr
+        assert "Traceback" not in done.stderr
+        assert "geheim" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "wait"),
+    [
+        (signal.SIGINT, 130, "started Valkey"),
+        (signal.SIGTERM, 143, "counted"),
+        (signal.SIGINT, 130, "killed"),
+    ],
+)
+def test_interrupted(number: signal.Signals, code: int, wait: str, place: Path) -> None:
+    """After Ctrl-C or SIGTERM, at any time, no server, flusher or file is left."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "redishacks", "demo"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env={**os.environ, "TMPDIR": str(place)},
+    )  # fmt: skip
+    assert process.stderr is not None
+    said = ""
+    for line in process.stderr:
+        said += line
+        if wait in line:
+            break
+    before = left_over(place)
+    process.send_signal(number)
+    _, rest = process.communicate(timeout=60)
+    assert process.returncode == code, said + rest
+    assert "Traceback" not in rest
+    assert len(before) >= 3, said  # itself, the server and its watchdog
+    assert eventually(lambda: not left_over(place))
+    assert list(place.iterdir()) == []
