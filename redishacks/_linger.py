@@ -420,8 +420,14 @@ class AsyncCoalescer:
     def after_fork(self) -> None:
         """Begin empty in a child: the parent sends what it buffered."""
         self.buffer.reset()
-        self.loop: asyncio.AbstractEventLoop | None = None
+        self._settle(None)
+
+    def _settle(self, loop: asyncio.AbstractEventLoop | None) -> None:
+        """Belong to this loop from now on."""
+        self.loop = loop
         self._task: asyncio.Task[None] | None = None
+        self._sending = asyncio.Lock()
+        self._wake = asyncio.Event()
 
     async def add(self, raw: bytes, amounts: Amounts) -> None:
         """Take one hit, or raise `UnavailableError` with the hit not taken."""
@@ -436,10 +442,9 @@ class AsyncCoalescer:
         if self.closed:
             raise UsageError("it is closed and counts no more")
         loop = asyncio.get_running_loop()
-        if self.loop is not loop or self._task is None or self._task.done():
-            self.loop = loop
-            self._sending = asyncio.Lock()
-            self._wake = asyncio.Event()
+        if self.loop is not loop:
+            self._settle(loop)
+        if self._task is None or self._task.done():
             self._task = loop.create_task(self._work(), name="redishacks-linger")
         if isinstance(self.buffer.error, UsageError):
             raise self.buffer.error
@@ -473,6 +478,8 @@ class AsyncCoalescer:
             with contextlib.suppress(RedisHacksError):
                 await self.send()
             raise
+        finally:
+            self.buffer.room = 0  # the next hit starts another
 
     async def send(self) -> None:
         """Send all that is buffered now; raises when it could not, and keeps it."""
@@ -488,9 +495,8 @@ class AsyncCoalescer:
         self.closed = True
         self.buffer.room = 0
         if self.loop is not asyncio.get_running_loop():
-            self.loop, self._sending = asyncio.get_running_loop(), asyncio.Lock()
-        elif self._task is not None:
-            self._wake.set()
+            self._settle(asyncio.get_running_loop())
+        self._wake.set()
         end = time.monotonic() + self._deadline
         while self.buffer.held():
             try:

@@ -126,7 +126,7 @@ class Sink(Protocol):
         """Write a chunk and its ledger row in one transaction; return after COMMIT was seen."""
 
     def applied(self, batch: str) -> frozenset[int]:
-        """Return which chunks of a batch are in the ledger."""
+        """Return which chunks of a batch are in the ledger; for those who look on."""
 
     def read(
         self,

@@ -157,7 +157,7 @@ def test_a_log_with_junk_in_it(tmp_path: Path) -> None:
     assert "\x1b" not in done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("hits", [1, 2, 3])
+@pytest.mark.parametrize("hits", [1, 2])
 def test_the_smallest_logs(hits: int) -> None:
     """Even one single hit, from standard input, is claimed by a flusher that is killed."""
     log = log_of(*(f"GET /{n} HTTP/1.1" for n in range(hits)))
@@ -194,15 +194,15 @@ def test_progress_on_a_terminal(tmp_path: Path) -> None:
 def test_a_wrong_count_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     """When SQL and the hits sent differ, it says so and exits with 1."""
     rows = table.Table.rows
-    monkeypatch.setattr(table.Table, "rows", lambda self: {**rows(self), "/page/1": 1})
+    monkeypatch.setattr(table.Table, "rows", lambda self: {**rows(self), "/page/1": 1000})
     kept = {one: signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)}
     try:
-        done = CliRunner().invoke(commands, ["demo", "--hits", "1000"])
+        done = CliRunner().invoke(commands, ["demo", "--hits", "30"])
     finally:
         for one, handler in kept.items():
             signal.signal(one, handler)
     assert done.exit_code == 1
-    assert "do NOT agree: 1,000 hits were sent" in done.output
+    assert "do NOT agree: 30 hits were sent" in done.output
     assert "1 pages differ: /page/1" in done.output
 
 
@@ -230,9 +230,9 @@ def test_usage(args: tuple[str, ...]) -> None:
 def test_postgres(place: Path) -> None:
     """With --postgres it is a private PostgreSQL that counts, and it is gone in the end."""
     environment = {**os.environ, "TMPDIR": str(place)}
-    found = outcome("--postgres", "--hits", "5000", env=environment)
+    found = outcome("--postgres", "--hits", "100", env=environment)
     assert found["agree"]
-    assert found["hits_in_sql"] == 5000
+    assert found["hits_in_sql"] == 100
     assert eventually(lambda: not left_over(place))
     assert list(place.iterdir()) == []
 
@@ -242,7 +242,7 @@ def test_own_servers_are_left_as_they_were(valkey: Server, postgres: Postgres, p
     with redis.Redis.from_url(valkey.url) as client, psycopg.connect(pg_dsn) as db:
         client.set("theirs", 1)
         before = sorted(client.keys())
-        done = demo("--hits", "3000", "--redis", valkey.url, "--sql", pg_dsn)
+        done = demo("--hits", "30", "--redis", valkey.url, "--sql", pg_dsn)
         assert done.returncode == 0, done.stderr
         assert "dropped the table redishacks_demo_" in done.stderr
         assert "keys of redishacks_demo_" in done.stderr
@@ -256,7 +256,7 @@ def test_an_own_sqlite_file_is_left_as_it_was(tmp_path: Path) -> None:
     path = tmp_path / "own file.db"
     with sqlite3.connect(path) as db:
         db.execute("CREATE TABLE own (x)")
-    found = outcome("--hits", "1000", "--sql", f"sqlite:///{str(path).replace(' ', '%20')}")
+    found = outcome("--hits", "30", "--sql", f"sqlite:///{str(path).replace(' ', '%20')}")
     assert found["agree"]
     tables = "SELECT name FROM sqlite_master WHERE name NOT LIKE 'sqlite_%'"
     assert db.execute(tables).fetchall() == [("own",)]
@@ -280,7 +280,7 @@ def test_a_server_that_is_away(tmp_path: Path) -> None:
     [
         (signal.SIGINT, 130, "started Valkey"),
         (signal.SIGTERM, 143, "counted"),
-        (signal.SIGINT, 130, "killed"),
+        (signal.SIGINT, 130, "wrote"),
     ],
 )
 def test_interrupted(number: signal.Signals, code: int, wait: str, place: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from typing import Any
 
 import pytest
@@ -77,6 +78,21 @@ def test_a_hung_node_costs_the_deadline_and_counts_once(
     values = {key: int(line.call(get(key))) for key in there}
     assert values.pop(keys[0]) in (1, 2, 3)
     assert set(values.values()) <= {1, 2}
+
+
+def test_a_hung_cluster_costs_the_deadline(colour: Colour, cluster: Cluster, prefix: str) -> None:
+    """When every node hangs, each call costs the deadline: looking for a new map is within it."""
+    line = colour.to_cluster(cluster)
+    line.run([incr(key) for key in spread(prefix)])
+    with ExitStack() as stack:
+        for node in cluster.nodes:
+            stack.enter_context(node.paused())
+        for n in range(3):
+            with took(at_most=1.0 + LENIENCE), pytest.raises((MaybeAppliedError, UnavailableError)):
+                line.call(incr(f"{prefix}:{n}"), 1.0)
+        with took(at_most=1.0 + LENIENCE):
+            assert all(outcome.error for outcome in line.run([incr(k) for k in spread(prefix)], 1))
+    assert line.call(incr(prefix)) == 1
 
 
 @pytest.mark.parametrize("protocol", [2, 3])

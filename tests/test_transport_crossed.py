@@ -25,7 +25,7 @@ import redis.asyncio
 from redishacks._transport import connect, connect_async
 from redishacks.errors import MaybeAppliedError, UnavailableError
 from redishacks.testing import FaultProxy, Server
-from tests.transport_kit import echo, scripted
+from tests.transport_kit import echo, say, scripted
 
 PRELUDE = """
 import asyncio, os, signal, sys, threading, time
@@ -159,6 +159,51 @@ def test_tasks_that_are_cancelled_or_late(valkey: Server, protocol: int) -> None
     assert [one for one in results if isinstance(one, AssertionError)] == []
     assert results.count("right") > 500
     assert sum(isinstance(one, asyncio.CancelledError) for one in results) > 20
+
+
+def test_a_late_command_leaves_the_others_alone(valkey: Server, prefix: str) -> None:
+    """A command late behind a slow one is given up alone; when the oldest is late, all are."""
+    transport = connect_async(redis.asyncio.Redis(port=valkey.port))
+    slow = say("BLPOP", f"{prefix}:nothing", 0.3)
+
+    async def main() -> None:
+        mine = await transport.call(say("CLIENT", "ID"), 5)
+        first = asyncio.create_task(transport.call(slow, 5))
+        await asyncio.sleep(0)
+        results: Any = await asyncio.gather(
+            transport.call(echo("late"), 0.05),
+            transport.call(echo("fine"), 5),
+            return_exceptions=True,
+        )
+        assert isinstance(results[0], MaybeAppliedError)
+        assert (results[1], await first) == (b"fine", None)
+        assert await transport.call(say("CLIENT", "ID"), 5) == mine
+        results = await asyncio.gather(
+            transport.call(slow, 0.05),
+            transport.call(echo("behind"), 5),
+            transport.call(echo("again")._replace(repeatable=True), 5),
+            return_exceptions=True,
+        )
+        assert [type(one) for one in results[:2]] == [MaybeAppliedError] * 2
+        assert results[2] == b"again"
+        assert await transport.call(say("CLIENT", "ID"), 5) != mine
+
+    asyncio.run(main())
+
+
+def test_bulk_commands_keep_out_of_the_way(valkey: Server, prefix: str) -> None:
+    """A command marked as bulk has another connection: nobody waits behind it."""
+    transport = connect_async(redis.asyncio.Redis(port=valkey.port))
+    slow = say("BLPOP", f"{prefix}:nothing", 0.5)._replace(bulk=True)
+
+    async def main() -> None:
+        bulk = asyncio.create_task(transport.call(slow, 5))
+        await asyncio.sleep(0.05)
+        assert await transport.call(echo("quick"), 0.3) == b"quick"
+        assert not bulk.done()
+        assert await bulk is None
+
+    asyncio.run(main())
 
 
 def test_a_task_cancelled_before_its_write_says_nothing(valkey: Server, prefix: str) -> None:

@@ -481,19 +481,24 @@ def test_interrupted_exchanges_close_their_connection(own: Server) -> None:
         raise Interrupt
 
     line = Colour("sync").to(own)
-    line.call(echo("warm"))
     old = signal.signal(signal.SIGALRM, interrupt)
     try:
-        with own.paused():
-            signal.setitimer(signal.ITIMER_REAL, 0.05)
-            with pytest.raises(Interrupt):
-                line.call(echo("old"), 5)
-            signal.setitimer(signal.ITIMER_REAL, 0.05)
-            with pytest.raises(Interrupt):
-                line.run([echo("old"), echo("older")], 5)
+        for exchange in (
+            lambda: line.call(echo("old"), 5),
+            lambda: line.run([echo("old"), echo("older")], 5),
+        ):
+            assert line.call(echo("warm")) == b"warm"
+            resumed = threading.Timer(0.3, own.resume)
+            with own.paused():
+                resumed.start()
+                signal.setitimer(signal.ITIMER_REAL, 0.05)
+                with pytest.raises(Interrupt):
+                    exchange()
+                # At once, before the old reply has come: it would be the next on that connection.
+                assert line.call(echo("new")) == b"new"
+            resumed.join()
     finally:
         signal.signal(signal.SIGALRM, old)
-    assert line.call(echo("new")) == b"new"
 
 
 def test_late_replies_reach_nobody(colour: Colour, own: Server) -> None:

@@ -157,7 +157,7 @@ def canned(answer: Callable[[list[Any]], bytes | None], *, tls: bool = False) ->
             while data := side.recv(65536):
                 reader.feed(data)
                 while (words := reader.gets()) is not canned:
-                    reply = answer(words)
+                    reply = b"+PONG\r\n" if words == [b"PING"] else answer(words)
                     if reply is None:
                         return
                     side.sendall(reply)

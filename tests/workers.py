@@ -16,6 +16,9 @@ from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
+import psycopg
+import psycopg_pool  # noqa: F401  (imported here, it need not be in every worker)
+
 from redishacks import _drive
 from redishacks._command import Ask, Call, Command
 from redishacks.counters import BufferedCounter, FlushJob
@@ -25,7 +28,7 @@ from redishacks.errors import (
     RedisHacksError,
     UnavailableError,
 )
-from redishacks.sinks import PostgresSink, SQLiteSink
+from redishacks.sinks import PostgresSink, SQLiteSink, _psycopg
 
 _CONTEXT = mp.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["tests.workers"])
@@ -63,6 +66,8 @@ def flush(
 
     Steps are all effects: commands to Redis, calls of the sink, and each statement in it.
     """
+    # Five seconds for each of many zombies would make a long test; the rule is the same.
+    _psycopg._SETTINGS["idle_in_transaction_session_timeout"] = "'500ms'"
     counted = 0
     real = _drive.perform
 
@@ -101,8 +106,6 @@ def lost(effect: Any) -> Exception:
         return UnavailableError("the reply was lost")
     assert isinstance(effect, Call)
     if "psycopg" in (getattr(effect.function, "__module__", None) or ""):
-        import psycopg
-
         return psycopg.OperationalError("the connection was lost")
     return UnavailableError("the answer was lost")
 

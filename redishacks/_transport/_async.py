@@ -612,7 +612,8 @@ class AsyncTransport:
             if not begun:
                 if self._slots is not None and self._slots.stale:
                     await self._refresh(site, self._slots, talk)
-                await self._round(site, talk)
+                if monotonic() < talk.end:
+                    await self._round(site, talk)
             begun = False
             pause = talk.rest(monotonic())
             for address in talk.estranged:
@@ -646,9 +647,11 @@ class AsyncTransport:
         started = now = monotonic()
         if not slots.due(now) and slots.known:
             return
-        give_up = now + (talk.deadline if slots.known else CONNECT_DEADLINE)
+        # The first map is part of connecting; a later one must not cost more than the command may.
+        give_up = talk.end if slots.known else now + CONNECT_DEADLINE
         for address in slots.candidates():
-            question = Talk((_cluster.QUESTION,), talk.deadline, now, address)
+            limit = min(talk.deadline, give_up - now)
+            question = Talk((_cluster.QUESTION,), limit, now, address)
             await self._round(site, question)
             question.rest(float("inf"))
             reply = question.results()[0].value
@@ -681,14 +684,13 @@ async def _open(
         opening = handshake(settings.protocol, credentials, settings.client_name, settings.db)
         link = Link(loop, sock, tls)
         links.add(link)
-        if opening:
-            data = b"".join(map(pack_command, opening))
-            replies = await link.submit(data, len(opening), end)
-            if isinstance(replies, Lost):
-                # A server that is full says so and closes.
-                opened(replies.replies, fresh_credentials=False)
-                raise Unreachable(f"connecting: {replies.why}")
-            opened(replies, fresh_credentials=settings.credential_provider is not None)
+        data = b"".join(map(pack_command, opening))
+        replies = await link.submit(data, len(opening), end)
+        if isinstance(replies, Lost):
+            # A server that is full says so and closes.
+            opened(replies.replies, fresh_credentials=False)
+            raise Unreachable(f"connecting: {replies.why}")
+        opened(replies, fresh_credentials=settings.credential_provider is not None)
         return link
     except BaseException as error:
         sock.close()

@@ -17,6 +17,7 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Mapping, Sequence
+from threading import get_ident
 from time import monotonic
 from typing import Any, Protocol, TypeVar
 
@@ -64,6 +65,8 @@ T = TypeVar("T")
 #: Idle for longer than this, a connection is closed when another one is given back.
 CLOSE_AFTER = 60.0
 
+#: Bytes to read at a time: of a reply that is probably short, and of any other.
+_SHORT = 8192
 _CHUNK = 65536
 _DONTWAIT = socket.MSG_DONTWAIT
 
@@ -137,14 +140,14 @@ class Link:
         if sent != len(data):
             self._send_rest(memoryview(data)[sent:], end, sent > 0)
         try:
-            if threading.get_ident() == Main.ident:
+            if get_ident() == Main.ident:
                 if not self._poll.poll(deadline * 1000):
                     raise Lost(LATE, written=True)
-                chunk = sock.recv(_CHUNK, _DONTWAIT)
+                chunk = sock.recv(_SHORT, _DONTWAIT)
             else:
                 if deadline != self._timeout:
                     self._set_timeout(deadline)
-                chunk = sock.recv(_CHUNK)
+                chunk = sock.recv(_SHORT)
         except BlockingIOError:
             raise Lost(LATE, written=True) from None
         except OSError as error:
@@ -486,7 +489,8 @@ class SyncTransport:
             if not begun:
                 if self._slots is not None and self._slots.stale:
                     self._refresh(self._slots, talk)
-                self._round(talk)
+                if monotonic() < talk.end:
+                    self._round(talk)
             begun = False
             pause = talk.rest(monotonic())
             for address in talk.estranged:
@@ -538,9 +542,11 @@ class SyncTransport:
         started = now = monotonic()
         if not slots.due(now) and slots.known:
             return
-        give_up = now + (talk.deadline if slots.known else CONNECT_DEADLINE)
+        # The first map is part of connecting; a later one must not cost more than the command may.
+        give_up = talk.end if slots.known else now + CONNECT_DEADLINE
         for address in slots.candidates():
-            question = Talk((_cluster.QUESTION,), talk.deadline, now, address)
+            limit = min(talk.deadline, give_up - now)
+            question = Talk((_cluster.QUESTION,), limit, now, address)
             self._round(question)
             question.rest(float("inf"))
             reply = question.results()[0].value
@@ -581,10 +587,9 @@ def _greet(link: Link, settings: Settings, end: float) -> None:
         opening = handshake(
             settings.protocol, settings.credentials(), settings.client_name, settings.db
         )
-        if opening:
-            link.send(b"".join(map(pack_command, opening)), end)
-            replies = link.replies(len(opening), end)
-            opened(replies, fresh_credentials=settings.credential_provider is not None)
+        link.send(b"".join(map(pack_command, opening)), end)
+        replies = link.replies(len(opening), end)
+        opened(replies, fresh_credentials=settings.credential_provider is not None)
     except Lost as loss:
         # A server that is full says so and closes.
         opened(loss.replies, fresh_credentials=False)

@@ -54,7 +54,7 @@ def handshake(
 ) -> list[Words]:
     """Return what a new connection says first; credentials are (), (password,) or (user, password).
 
-    Nothing at all for RESP2 without password, name or database number.
+    It says something in any case: what answers is no hung server, and nothing is in doubt yet.
     """
     opening: list[Words] = []
     if protocol == 3:
@@ -66,7 +66,7 @@ def handshake(
         opening.append(("CLIENT", "SETNAME", client_name))
     if db:
         opening.append(("SELECT", db))
-    return opening
+    return opening or [("PING",)]
 
 
 def parse_address(text: str, asked: Address) -> Address:

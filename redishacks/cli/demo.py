@@ -64,8 +64,7 @@ def demo(
         raise click.UsageError("--postgres starts a database, --sql names one")
     traffic = read_log(log) if log is not None else made_up(hits or _HITS, seed or 0)
     options = Options(redis_url, sql_url, postgres)
-    _end_on_signals()
-    with _audience(len(traffic.targets)) as audience:
+    with _audience(len(traffic.targets), _Ended()) as audience:
         outcome = play(options, traffic, audience)
     if as_json:
         show.print_json(_as_json(outcome, traffic))
@@ -74,23 +73,33 @@ def demo(
     ctx.exit(Exit.DONE if outcome.agree else Exit.WRONG)
 
 
-def _end_on_signals() -> None:
-    """Leave by an exception, so that everything is cleaned up; signals after the first are moot."""
+class _Ended:
+    """Whether a signal has told us to end; the play is left at the next good moment, tidily."""
 
-    def leave(number: int, frame: Any) -> None:
+    def __init__(self) -> None:
+        self._by: int | None = None
         for one in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(one, signal.SIG_IGN)
-        sys.exit(128 + number)
+            signal.signal(one, self._note)
 
-    for one in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(one, leave)
+    def _note(self, number: int, frame: Any) -> None:
+        self._by = number
+
+    def check(self) -> None:
+        """Leave, with the shell's exit code for the signal."""
+        if self._by is not None:
+            sys.exit(128 + self._by)
 
 
 class _Lines(Audience):
     """Tells what happens, line by line, on stderr."""
 
-    def __init__(self, console: Console) -> None:
+    def __init__(self, console: Console, ended: _Ended) -> None:
         self._console = console
+        self._ended = ended
+
+    def go_on(self) -> None:
+        """Leave when told to."""
+        self._ended.check()
 
     def tell(self, text: str) -> None:
         """Print a line."""
@@ -100,8 +109,8 @@ class _Lines(Audience):
 class _Bar(_Lines):
     """Shows also how much was replayed."""
 
-    def __init__(self, progress: Progress, total: int) -> None:
-        super().__init__(progress.console)
+    def __init__(self, progress: Progress, total: int, ended: _Ended) -> None:
+        super().__init__(progress.console, ended)
         self._progress = progress
         self._task = progress.add_task("replaying", total=total)
 
@@ -111,15 +120,15 @@ class _Bar(_Lines):
 
 
 @contextlib.contextmanager
-def _audience(total: int) -> Iterator[Audience]:
+def _audience(total: int, ended: _Ended) -> Iterator[Audience]:
     console = show.console(err=True)
     if not console.is_terminal:
         console.print(f"replaying {total:,} hits")
-        yield _Lines(console)
+        yield _Lines(console, ended)
         return
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     with Progress(*columns, console=console, transient=True) as progress:
-        yield _Bar(progress, total)
+        yield _Bar(progress, total, ended)
 
 
 def _as_json(outcome: Outcome, traffic: Traffic) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """`FlushJob`: claim what is pending, write it to SQL chunk by chunk, acknowledge.
 
-One conversation, `flush_steps`, for sync and async; every step of it may be the last one of a process
-that dies, and every step may be done twice.
+One conversation, `flush_steps`, for sync and async; every step of it may be the last one of a
+process that dies, and every step may be done twice.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from redishacks._command import (
     call,
 )
 from redishacks._drive import drive, drive_async
-from redishacks._sink import AsyncSink, Chunk, ChunkId, Rule, Sink, Status
+from redishacks._sink import Applied, AsyncSink, Chunk, ChunkId, Rule, Sink, Status
 from redishacks.counters.buffered import AsyncBufferedCounter, BufferedCounter
 from redishacks.counters.commands import PAGE, Batch, Held, Id, Layout, Page, State
 from redishacks.errors import ServerError, UnavailableError, UsageError
@@ -91,6 +91,16 @@ class _Progress:
     def __init__(self) -> None:
         self.began = time.monotonic()
         self.batches = self.rows = self.amount = self.recovered = self.duplicates = self.dead = 0
+
+    def count(self, chunk: Chunk, verdict: Applied) -> None:
+        """Take in what became of a chunk."""
+        self.rows += verdict.rows
+        self.dead += verdict.dead
+        self.duplicates += verdict.status is Status.DUPLICATE
+        if verdict.status is Status.APPLIED:
+            for rule, values in zip(chunk.rules, chunk.values, strict=True):
+                if rule is Rule.SUM:
+                    self.amount += sum(filter(None, values))
 
     def report(self) -> FlushReport:
         """Return them as they stand."""
@@ -202,9 +212,8 @@ class _Job:
         yield from self._replicated(batch)
         remaining = list(range(batch.chunks))
         if recovered:
-            done = yield from call(self.sink.applied, batch.id)
-            remaining = [i for i in remaining if i not in done]
-            # Another flusher may be at the same batch, from the front: keep out of its way.
+            # Another flusher may be at the same batch, from the front: keep out of its way. What
+            # the ledger has is read again all the same: only its digest tells that it is the same.
             random.shuffle(remaining)
         patience = time.monotonic() + _PATIENCE
         busy = 0
@@ -239,19 +248,11 @@ class _Job:
                 continue
             if verdict.status is Status.STALE:
                 remaining.append(index)
+                ahead = None
                 clock = yield from call(self.sink.begin, self.layout.columns.rules)
                 continue
             busy = 0
-            progress.rows += verdict.rows
-            progress.dead += verdict.dead
-            if verdict.status is Status.APPLIED:
-                for rule, values in zip(chunk.rules, chunk.values, strict=True):
-                    if rule is Rule.SUM:
-                        progress.amount += sum(filter(None, values))
-            if verdict.status is Status.DUPLICATE:
-                progress.duplicates += 1
-                done = yield from call(self.sink.applied, batch.id)
-                remaining = [i for i in remaining if i not in done]
+            progress.count(chunk, verdict)
         yield from ask(self.layout.ack(batch))
         progress.batches += 1
         _log.info("batch %s of %s: %d ids in SQL", batch.id, self.layout.full_name, batch.size)

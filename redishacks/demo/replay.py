@@ -89,6 +89,12 @@ class Audience:
     def count(self, hits: int) -> None:
         """So many hits more were counted."""
 
+    def go_on(self) -> None:
+        """Called at least ten times a second, except while a server starts: raise to end the play.
+
+        Raising elsewhere, as from a signal handler, could hit a half-made object.
+        """
+
 
 def play(options: Options, traffic: Traffic, audience: Audience) -> Outcome:
     """Replay the traffic; return when every hit is in SQL and everything is cleaned up.
@@ -101,6 +107,7 @@ def play(options: Options, traffic: Traffic, audience: Audience) -> Outcome:
             server = stack.enter_context(valkey_server())
             redis = server.unix_url
             audience.tell(f"started Valkey {server.version}")
+            audience.go_on()
         else:
             redis = options.redis
         if options.sql is not None:
@@ -123,6 +130,7 @@ def play(options: Options, traffic: Traffic, audience: Audience) -> Outcome:
             stack.callback(_quietly, lambda: _drop(table, audience), audience)
         else:
             stack.callback(table.sink.close)
+        audience.go_on()
         table.create()
         stack.callback(_quietly, counter.close, audience)
         return _Play(counter, table, Order(redis, name, sql, name), audience).run(traffic)
@@ -182,6 +190,16 @@ class _Play:
         for target in hits:
             incr(target)
         self._audience.count(len(hits))
+        self._audience.go_on()
+
+    def _add_slowly(self, hits: Sequence[str]) -> None:
+        for some in _cut(hits, -(-len(hits) // _PORTIONS)):
+            self._add(some)
+            self._wait()
+
+    def _wait(self) -> None:
+        time.sleep(_PAUSE)
+        self._audience.go_on()
 
     def _count(self, hits: Sequence[str]) -> None:
         """Count hits as fast as it goes; Redis has them in the end."""
@@ -220,9 +238,9 @@ class _Play:
         """Let another process flush while hits are counted."""
         flusher = Flusher(self._order)
         try:
-            for portion in _cut(hits, -(-len(hits) // _PORTIONS)):
-                self._add(portion)
-                time.sleep(_PAUSE)
+            self._add_slowly(hits)
+            while flusher.running():
+                self._wait()
             report = flusher.report()
         finally:
             flusher.kill()
@@ -241,9 +259,7 @@ class _Play:
         halt_after = ids // chunk // 2
         flusher = Flusher(self._order._replace(chunk=chunk, halt_after=halt_after))
         try:
-            for portion in _cut(hits, -(-len(hits) // _PORTIONS)):
-                self._add(portion)
-                time.sleep(_PAUSE)
+            self._add_slowly(hits)
             patience = time.monotonic() + _PATIENCE
             while (seen := self._in_the_middle(flusher.pid)) is None or seen.written < halt_after:
                 if not flusher.running():
@@ -251,7 +267,7 @@ class _Play:
                     raise RedisHacksError(f"flusher {flusher.pid} ended before it could be killed")
                 if time.monotonic() > patience:
                     raise UnavailableError(f"flusher {flusher.pid} did not get to work in time")
-                time.sleep(0.01)
+                self._wait()
         finally:
             flusher.kill()
         self._counter.send()

@@ -90,7 +90,8 @@ class PsycopgDatabase:
         self._dsn: dict[str, Any] | None = None
         self._pool: Any = None
         self._conn: Any = None
-        self._opened_in: object = None
+        #: The process and the event loop we were last called in.
+        self._arrived: tuple[int, asyncio.AbstractEventLoop | None] | None = None
         #: Connections of a parent process, never closed here: closing would end the parent's.
         self._inherited: list[Any] = []
         self._restore_autocommit = False
@@ -119,8 +120,7 @@ class PsycopgDatabase:
     def transaction(self, body: Steps[T], *, write: bool = True) -> Steps[T]:
         """See `Database.transaction`; three round trips more than the body's."""
         del write  # one kind of transaction serves both
-        if self._dsn is not None:
-            self._leave_behind()
+        yield from self._arrive()
         lock = self._lock
         yield from call(lock.acquire)
         try:
@@ -154,24 +154,26 @@ class PsycopgDatabase:
 
     def close(self) -> Steps[None]:
         """Close a connection of our own."""
-        if self._dsn is not None:
-            self._leave_behind()
-            if self._conn is not None:
-                conn, self._conn = self._conn, None
-                yield from call(conn.close)
+        yield from self._arrive()
+        if self._dsn is not None and self._conn is not None:
+            conn, self._conn = self._conn, None
+            yield from call(conn.close)
 
-    def _leave_behind(self) -> None:
-        """Forget a connection that belongs to a parent process or to another event loop."""
-        if self._colour is ASYNC:
-            here: object = (os.getpid(), asyncio.get_running_loop())
+    def _arrive(self) -> Steps[None]:
+        """Part from a connection of our own that belongs to a parent process or another loop."""
+        loop = asyncio.get_running_loop() if self._colour is ASYNC else None
+        here, before = (os.getpid(), loop), self._arrived
+        if here == before:
+            return
+        self._arrived = here
+        self._lock = self._colour.lock()
+        if self._dsn is None or self._conn is None:
+            return
+        conn, self._conn = self._conn, None
+        if before is not None and before[0] == here[0]:
+            yield from call(conn.close)
         else:
-            here = os.getpid()
-        if here != self._opened_in:
-            self._opened_in = here
-            self._lock = self._colour.lock()
-            if self._conn is not None:
-                self._inherited.append(self._conn)
-                self._conn = None
+            self._inherited.append(conn)
 
     def _open(self) -> Steps[None]:
         try:
