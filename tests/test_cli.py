@@ -404,6 +404,7 @@ def test_sigterm_between_runs_ends_at_once(app: App, target: str, code: int) -> 
     process = app.start("flush", target, "--every", "50", "--json")
     assert process.stdout is not None
     process.stdout.readline()
+    time.sleep(0.3)  # most likely it waits for the next run by now; true at any time
     began = time.monotonic()
     process.terminate()
     process.communicate(timeout=30)

@@ -324,7 +324,6 @@ def test_random_kills_and_faults(
     rng = random.Random(seed)
     database = Database(pg_dsn)
     prefix = f"rh-{secrets.token_hex(6)}"
-    until = time.monotonic() + 15
     with FaultProxy(valkey) as redis_proxy, FaultProxy(postgres) as sql_proxy:
         dsn = pg_dsn_through(pg_dsn, sql_proxy)
         producers = []
@@ -332,7 +331,7 @@ def test_random_kills_and_faults(
             mine, theirs = workers.pipe()
             linger = 0.01 if all_linger or n % 2 else None
             process = workers.start(
-                workers.produce, redis_proxy.url, prefix, seed + n, linger, until, theirs
+                workers.produce, redis_proxy.url, prefix, seed + n, linger, theirs
             )
             producers.append((process, mine))
         stop = threading.Event()
@@ -351,11 +350,15 @@ def test_random_kills_and_faults(
         counter = BufferedCounter(valkey.url, "hits", prefix=prefix)
         watcher = FlushJob(counter, sink)
         sent = 0
-        while time.monotonic() < until:
+        while kills < 220:
             while len(flushers) < 3:
                 args = (redis_proxy.url, prefix, dsn, rng.randrange(1 << 30), "pages")
                 flushers.append(workers.start(workers.flush_for_ever, *args))
-            time.sleep(rng.random() * 0.05)
+            moment = time.monotonic() + rng.random() * 0.06
+            while time.monotonic() < moment:
+                counter.incr("/watched")
+                sent += 1
+                assert watcher.value("/watched") == sent
             victim = flushers.pop(rng.randrange(len(flushers)))
             os.kill(victim.pid, signal.SIGKILL)
             victim.join(10)
@@ -365,9 +368,6 @@ def test_random_kills_and_faults(
             value = watcher.value(id)
             assert value >= seen.get(id, 0), "a value went down"
             seen[id] = value
-            counter.incr("/watched")
-            sent += 1
-            assert watcher.value("/watched") == sent
         stop.set()
         trouble.join()
         for proxy in (redis_proxy, sql_proxy):
@@ -376,6 +376,8 @@ def test_random_kills_and_faults(
             os.kill(flusher.pid, signal.SIGKILL)
             flusher.join(10)
             flusher.close()
+        for _, mine in producers:
+            mine.send("stop")
         results = [mine.recv() for _, mine in producers]
         for process, _ in producers:
             process.join(10)
@@ -388,7 +390,6 @@ def test_random_kills_and_faults(
     values = sum(watcher.value(f"/{i}") for i in range(60)) + watcher.value("/watched")
     sink.close()
     print(f"kills {kills}, acknowledged {acked}, in doubt {in_doubt}, in SQL {total}")
-    assert kills >= 200
     assert acked > 1000
     assert acked <= total <= acked + in_doubt
     assert values == total

@@ -122,14 +122,12 @@ def flush_for_ever(redis_url: str, prefix: str, sql_url: str, seed: int, table: 
             time.sleep(0.01)
 
 
-def produce(
-    redis_url: str, prefix: str, seed: int, linger: float | None, until: float, pipe: Any
-) -> None:
-    """Count until a moment (monotonic); tell what was acknowledged and what is in doubt."""
+def produce(redis_url: str, prefix: str, seed: int, linger: float | None, pipe: Any) -> None:
+    """Count until told to stop; tell what was acknowledged and what is in doubt."""
     rng = random.Random(seed)
     counter = BufferedCounter(redis_url, "hits", prefix=prefix, linger=linger, deadline=0.3)
     acked = in_doubt = 0
-    while time.monotonic() < until:
+    while not pipe.poll():
         amount = rng.randint(1, 3)
         try:
             if rng.random() < 0.2:
