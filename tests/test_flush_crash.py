@@ -349,6 +349,14 @@ def test_random_kills_and_faults(
         sink = workers.make_sink(pg_dsn)
         counter = BufferedCounter(valkey.url, "hits", prefix=prefix)
         watcher = FlushJob(counter, sink)
+        read = sink.read
+
+        def slow_read(*args: Any) -> Any:
+            if rng.random() < 0.1:  # time for a whole flush between the two reads of a value
+                time.sleep(rng.random() * 0.03)
+            return read(*args)
+
+        sink.read = slow_read
         sent = 0
         while kills < 220:
             while len(flushers) < 3:

@@ -27,11 +27,7 @@ __all__ = ["commands"]
 )
 @click.version_option(__version__)
 def commands() -> None:
-    """Redis tricks that keep a big site up: right under faults, fast.
-
-    TARGET is module:attribute, a FlushJob or a list of them, importable from here; instead of it
-    the flags --redis, --counter, --sql, --table, --key and --column describe one.
-    """
+    """Redis tricks that keep a big site up: right under faults, fast."""
 
 
 for command in (demo, flush, status, doctor, dead):

@@ -14,14 +14,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.text import Text
 
 from redishacks.cli import show
-from redishacks.cli.ending import Exit, masked
+from redishacks.cli.ending import EXIT_CODES, Exit, masked
 from redishacks.demo.replay import Audience, Options, Outcome, play
 from redishacks.demo.traffic import Traffic, made_up, read_log
 
 _HITS = 200_000
 
 
-@click.command()
+@click.command(epilog=EXIT_CODES)
 @click.option(
     "--log",
     metavar="FILE",
@@ -49,7 +49,7 @@ def demo(
     sql_url: str | None,
     as_json: bool,
 ) -> None:
-    """See hits counted, a flusher killed half-way, and every hit in SQL once.
+    """Count hits, kill a flusher half-way, compare with SQL.
 
     Web traffic is counted in Redis while other processes flush it to SQL. One of them is killed
     with SIGKILL when some chunks of its batch are in SQL and some are not; the next one goes on.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import re
+import traceback
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -40,7 +41,7 @@ Exit codes:
   2    usage: an option, the TARGET, or a job that does not fit its counter
   75   try later: Redis or the database is away; nothing is lost
   78   the database lacks a table, a column or a grant; the message shows the DDL
-  130  interrupted
+  130  interrupted by Ctrl-C; 143 by SIGTERM (demo; a flush finishes its batch and is done)
 With several jobs the worst of these counts: 2, 78, 1, 75, 0.
 """
 
@@ -100,6 +101,9 @@ def for_each(jobs: Sequence[FlushJob], action: Callable[[FlushJob], Exit], as_js
             if as_json:
                 reason = {"counter": name, "error": one_line(error), "exit_code": exits[-1]}
                 show.print_json(reason)
+        except Exception:  # of a sink or a callback of the user's own
+            click.echo(masked(traceback.format_exc()), err=True)
+            exits.append(Exit.WRONG)
     return worst(exits)
 
 

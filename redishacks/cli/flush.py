@@ -15,7 +15,7 @@ from rich.live import Live
 from rich.text import Text
 
 from redishacks.cli import show
-from redishacks.cli.ending import Exit, for_each
+from redishacks.cli.ending import EXIT_CODES, Exit, for_each
 from redishacks.cli.target import with_jobs
 from redishacks.counters import FlushJob, FlushReport
 
@@ -23,7 +23,7 @@ from redishacks.counters import FlushJob, FlushReport
 _HOTTEST = 10
 
 
-@click.command()
+@click.command(epilog=EXIT_CODES)
 @with_jobs
 @click.option("--once", is_flag=True, help="Run once: the default.")
 @click.option(

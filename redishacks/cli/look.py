@@ -8,7 +8,7 @@ from rich.text import Text
 
 from redishacks import _keys
 from redishacks.cli import show
-from redishacks.cli.ending import Exit, for_each, masked
+from redishacks.cli.ending import EXIT_CODES, Exit, for_each, masked
 from redishacks.cli.target import with_jobs
 from redishacks.counters import CounterStatus, FlushJob
 from redishacks.doctor import Finding, Level, examine
@@ -19,7 +19,7 @@ _as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON, one
 # status
 
 
-@click.command()
+@click.command(epilog=EXIT_CODES)
 @with_jobs
 @_as_json
 @click.pass_context
@@ -67,7 +67,7 @@ _SIGNS = {
 }
 
 
-@click.command()
+@click.command(epilog=EXIT_CODES)
 @with_jobs
 @_as_json
 @click.pass_context
@@ -111,16 +111,16 @@ def _paragraph(finding: Finding) -> Text:
 # dead
 
 
-@click.command()
+@click.command(epilog=EXIT_CODES)
 @with_jobs
 @click.option("--retry", is_flag=True, help="Apply them again, each exactly once.")
 @click.option("--limit", type=click.IntRange(min=1), default=100, show_default=True)
 @_as_json
 @click.pass_context
 def dead(ctx: click.Context, jobs: list[FlushJob], retry: bool, limit: int, as_json: bool) -> None:
-    """List amounts that the database would not take, or apply them again.
+    """List amounts that were refused, or apply them again.
 
-    With --retry it exits with 1 when some were refused again; they stay listed.
+    These are the dead letters: what the database would not take, with its reasons. With --retry it exits with 1 when some were refused again; they stay listed.
     """
     out = show.console()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import inspect
 import os
 import sys
 import traceback
@@ -16,6 +17,11 @@ from redishacks.cli.ending import one_line
 from redishacks.counters import BufferedCounter, FlushJob
 from redishacks.errors import UsageError
 from redishacks.sinks import from_url
+
+_HELP = """\
+TARGET is module:attribute, a FlushJob or a list of them, importable from here. Instead of it the
+flags --redis, --counter, --sql, --table, --key and --column describe one job.
+"""
 
 _FLAGS = [
     click.option(
@@ -62,6 +68,7 @@ def with_jobs(command: Callable[..., Any]) -> Callable[..., Any]:
 
     for option in reversed(_FLAGS):
         wrapped = option(wrapped)
+    wrapped.__doc__ = f"{inspect.cleandoc(command.__doc__ or '')}\n\n{_HELP}"
     return click.argument("target", required=False)(wrapped)
 
 
