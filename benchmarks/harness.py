@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 
 import redis
 
-
 #: Commands that contenders send and no script of ours calls.
 SENT = ("evalsha", "eval", "multi", "exec")
 

@@ -20,7 +20,8 @@ class ChunkId(NamedTuple):
     """One chunk's row in the ledger."""
 
     batch: str
-    index: int
+    #: Its place in the batch, from 0.
+    ordinal: int
 
 
 class Chunk(NamedTuple):
@@ -34,7 +35,8 @@ class Chunk(NamedTuple):
 
     counter: str
     batch: str
-    index: int
+    #: Its place in the batch, from 0.
+    ordinal: int
     columns: tuple[str, ...]
     rules: tuple[Rule, ...]
     ids: Sequence[bytes]

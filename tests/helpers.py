@@ -115,7 +115,7 @@ class MemorySink:
 
     def apply(self, chunk: Chunk) -> Applied:
         """Apply a chunk and its ledger row at one blow."""
-        key = ChunkId(chunk.batch, chunk.index)
+        key = ChunkId(chunk.batch, chunk.ordinal)
         if key in self.ledger:
             same = self.ledger[key] == chunk.digest
             return Applied(Status.DUPLICATE if same else Status.CONFLICT)
@@ -130,7 +130,7 @@ class MemorySink:
 
     def applied(self, batch: str) -> frozenset[int]:
         """Look into the ledger."""
-        return frozenset(key.index for key in self.ledger if key.batch == batch)
+        return frozenset(key.ordinal for key in self.ledger if key.batch == batch)
 
     def read(
         self,

@@ -621,6 +621,7 @@ def test_doctor_finds_all_well(app: App) -> None:
         done = app.run("doctor", "repeats:job")
         assert done.returncode == 0, done.stdout
         assert "warning  client: repeats a command up to 3 times" in done.stdout
+        assert "\n           why: redishacks does not use these retries" in done.stdout
         assert "can count twice" in done.stdout
 
 
@@ -640,7 +641,7 @@ def test_doctor_finds_what_hurts(app: App) -> None:
         assert done.returncode == 1
         for words in (
             "maxmemory-policy is allkeys-lru", "nothing is written to disk", "is cron running?",
-            "since 60 minutes", "since 120 minutes", "1 amounts were refused", "CONFIG SET",
+            "since 60 minutes", "is cron running? A line such as\n                * * * * *", "since 120 minutes", "1 amounts were refused", "CONFIG SET",
         ):  # fmt: skip
             assert words in done.stdout, done.stdout
         found = checks(app.run("doctor", "myapp:update", "--json"))

@@ -9,6 +9,7 @@ import ssl
 import time
 import weakref
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ import pytest
 import redis
 import redis.asyncio
 
-from redishacks._transport import connect, connect_async
+from redishacks._transport import _async_link, _sync, connect, connect_async
+from redishacks._transport._settings import from_pool
 from redishacks.errors import MaybeAppliedError, ServerError, UnavailableError, UsageError
 from redishacks.testing import Server, valkey_server
 from tests.transport_kit import PEM, Colour, bulk, canned, echo, get, incr, say, scripted, took
@@ -316,10 +318,6 @@ def test_idle_connections_are_closed_in_the_end(
     valkey: Server, prefix: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Connections that a burst left behind are closed when they have not been used for long."""
-    from concurrent.futures import ThreadPoolExecutor
-
-    from redishacks._transport import _sync
-
     transport = connect(redis.Redis(port=valkey.port, client_name=prefix))
     admin = valkey.client()
 
@@ -386,9 +384,7 @@ def test_a_full_backlog_costs_the_connect_deadline(
     colour: Colour, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where nobody accepts, over TCP or a unix socket, connecting ends by its own deadline."""
-    from redishacks._transport import _async, _sync
-
-    for module in (_async, _sync):
+    for module in (_async_link, _sync):
         monkeypatch.setattr(module, "CONNECT_DEADLINE", 0.3)
     path = str(tmp_path / "s")
     with socket.socket(socket.AF_UNIX) as unix, socket.socket() as tcp:
@@ -421,8 +417,6 @@ def test_a_context_as_the_client_would_make_it() -> None:
         ssl_min_version=ssl.TLSVersion.TLSv1_3,
         ssl_cert_reqs="optional",
     )
-    from redishacks._transport._settings import from_pool
-
     context = from_pool(client.connection_pool).tls_context()
     assert context.minimum_version is ssl.TLSVersion.TLSv1_3
     assert (context.verify_mode, context.check_hostname) == (ssl.CERT_OPTIONAL, False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import signal
 import threading
 import time
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
-from redishacks._transport import _async, _socket, _sync
+from redishacks._transport import _async_link, _socket, _sync
 from redishacks.errors import MaybeAppliedError, ServerError, UnavailableError
 from redishacks.testing import FaultProxy, Server, redis_server, valkey_server
 from redishacks.testing.sentinel import SentinelSetup, valkey_sentinel
@@ -195,7 +196,7 @@ def test_an_idle_night_goes_unnoticed(
     colour: Colour, valkey: Server, prefix: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """After long idling a connection must answer first; one that a firewall forgot is replaced."""
-    for module in (_async, _sync):
+    for module in (_async_link, _sync):
         monkeypatch.setattr(module, "PING_AFTER", 0.02)
     with FaultProxy(valkey) as proxy:
         line = colour.to_port(proxy.port)
@@ -438,7 +439,7 @@ def test_sentinels_replicas_and_silence(
     colour: Colour, sentinel: SentinelSetup, prefix: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A replica is refused; a hung or absent sentinel costs no more than connecting may."""
-    for module in (_async, _sync):
+    for module in (_async_link, _sync):
         monkeypatch.setattr(module, "CONNECT_DEADLINE", 0.3)
     manager = colour.module.Sentinel(sentinel.sentinels)
     with pytest.raises(ValueError, match="replica takes no writes"):
@@ -456,8 +457,6 @@ def _pair(reply: Any) -> dict[str, int]:
 
 def test_the_kernels_own_timeouts_are_not_restarted(own: Server) -> None:
     """Signals that arrive faster than the deadline do not keep a hung call waiting."""
-    import signal
-
     line = Colour("sync").to(own)
     line.call(echo("warm"))
     old = signal.signal(signal.SIGALRM, lambda *_: None)
@@ -472,7 +471,6 @@ def test_the_kernels_own_timeouts_are_not_restarted(own: Server) -> None:
 
 def test_interrupted_exchanges_close_their_connection(own: Server) -> None:
     """An exception out of a signal handler, in mid-exchange, leaves no reply behind."""
-    import signal
 
     class Interrupt(BaseException):
         pass

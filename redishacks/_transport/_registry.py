@@ -8,7 +8,7 @@ import weakref
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from redishacks._transport import _sync
+from redishacks._transport import _link
 from redishacks._transport._async import AsyncTransport
 from redishacks._transport._sync import SyncTransport
 
@@ -43,7 +43,7 @@ class Registry:
     def _forked(self) -> None:
         # Another thread of the parent may have held the lock.
         self._lock = threading.RLock()
-        _sync.Main.ident = threading.main_thread().ident
+        _link.Main.ident = threading.main_thread().ident
         for transport in list(self._all):
             transport.abandon()
 

@@ -101,10 +101,9 @@ def _paragraph(finding: Finding) -> Text:
     sign, style = _SIGNS[finding.level]
     text = Text("  ").append(sign, style=style)
     text.append(f"  {finding.check}: {masked(finding.what)}")
-    for name, value in (("why", finding.why), ("do", finding.do)):
-        for line in value.splitlines():
-            text.append(f"\n           {f'{name}:':4} {line}")
-            name = ""
+    for label, value in (("why:", finding.why), ("do:", finding.do)):
+        for number, line in enumerate(value.splitlines()):
+            text.append(f"\n           {'' if number else label:4} {line}")
     return text
 
 
@@ -120,7 +119,8 @@ def _paragraph(finding: Finding) -> Text:
 def dead(ctx: click.Context, jobs: list[FlushJob], retry: bool, limit: int, as_json: bool) -> None:
     """List amounts that were refused, or apply them again.
 
-    These are the dead letters: what the database would not take, with its reasons. With --retry it exits with 1 when some were refused again; they stay listed.
+    These are the dead letters: what the database would not take, with its reasons. With --retry it
+    exits with 1 when some were refused again; they stay listed.
     """
     out = show.console()
 

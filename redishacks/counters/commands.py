@@ -282,8 +282,7 @@ class Layout:
         args: list[bytes | str | int] = ["" if fence is None else fence[1], self.columns.signs]
         for raw, amounts in items:
             args.append(raw)
-            # Not a loop: most counters have one column, and most hits an amount in each.
-            args += amounts if None not in amounts else ["" if a is None else a for a in amounts]
+            args += ["" if a is None else a for a in amounts]
         keys = self._add_keys[p]
         if fence is not None:
             keys = (*keys, self._key(p, "f", fence[0]))

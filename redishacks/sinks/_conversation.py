@@ -228,12 +228,12 @@ class Conversation(ABC):
         """Write the ledger row; say what stands there when it is taken."""
         read_at = _units.microseconds(chunk.read_at)
         entered = yield from self.run(
-            _ENTER, chunk.counter, chunk.batch, chunk.index, copy, chunk.digest, len(chunk.ids),
+            _ENTER, chunk.counter, chunk.batch, chunk.ordinal, copy, chunk.digest, len(chunk.ids),
             read_at,
         )  # fmt: skip
         if entered.count:
             return Status.APPLIED
-        found = yield from self.run(_DIGEST, chunk.batch, chunk.index, copy)
+        found = yield from self.run(_DIGEST, chunk.batch, chunk.ordinal, copy)
         if not found.rows:
             return Status.STALE
         return Status.DUPLICATE if found.rows[0][0] == chunk.digest else Status.CONFLICT

@@ -413,7 +413,7 @@ CREATE TABLE IF NOT EXISTS {identifier(*dead)} (
 
     def bury(self, chunk: Chunk, letters: Sequence[Letter]) -> Steps[None]:
         """Insert dead letters."""
-        head = (chunk.counter, chunk.batch, chunk.index)
+        head = (chunk.counter, chunk.batch, chunk.ordinal)
         yield from call(
             self.database.execute_many, self.sql(_BURY), [(*head, *letter) for letter in letters]
         )

@@ -1,0 +1,277 @@
+"""One connection for threads and greenlets: a blocking socket, a parser, an exact deadline."""
+
+from __future__ import annotations
+
+import os
+import select
+import socket
+import ssl
+import struct
+import threading
+import time
+import weakref
+from collections.abc import Mapping
+from threading import get_ident
+from time import monotonic
+from typing import Any
+
+import hiredis
+from hiredis import PushNotification, pack_command
+
+from redishacks._transport._decide import Lost, Unreachable, opened
+from redishacks._transport._settings import Settings
+from redishacks._transport._socket import BACKLOG_PAUSE, CLOSED, LATE, NO_RESP, prepare, reason
+from redishacks._transport._tls import Tls
+from redishacks._transport._wire import MISSING, Address, handshake, new_reader
+
+#: Bytes to read at a time: of a reply that is probably short, and of any other.
+_SHORT = 8192
+_CHUNK = 65536
+_DONTWAIT = socket.MSG_DONTWAIT
+
+
+class Main:
+    """Which thread runs Python's signal handlers."""
+
+    ident = threading.main_thread().ident
+
+
+class Link:
+    """A connection of our own: a socket and a parser."""
+
+    __slots__ = ("__weakref__", "_hot", "_poll", "_reader", "_sock", "_timeout", "_tls", "since")
+
+    def __init__(self, sock: socket.socket) -> None:
+        self.since = 0.0
+        # Closes it, without a warning, when the transport is no longer needed by anybody.
+        weakref.finalize(self, sock.close).atexit = False
+        self._sock = sock
+        self._reader = new_reader()
+        self._tls: Tls | None = None
+        self._poll = select.poll()
+        self._poll.register(sock, select.POLLIN)
+        self._timeout = -1.0
+        # Where sockets are patched (gevent), only poll() lets other greenlets run meanwhile.
+        self._hot = socket.socket.__module__ == "socket"
+        sock.settimeout(None if self._hot else 0.0)
+
+    def ask(self, data: bytes, deadline: float, end: float) -> Any:
+        """Send one packed command and return its reply.
+
+        The wait is a single recv() with a timeout of the kernel's: a poll() before it would hand
+        the interpreter's lock over twice, and with eight threads that lock is the bottleneck. The
+        main thread polls all the same: a recv() that signals interrupt starts its timeout anew.
+        """
+        if not self._hot:
+            self.send(data, end)
+            return self.replies(1, end)[0]
+        sock = self._sock
+        try:
+            sent = sock.send(data, _DONTWAIT)
+        except BlockingIOError:
+            sent = 0
+        except OSError as error:
+            raise Lost(reason(error), written=False) from None
+        if sent != len(data):
+            self._send_rest(memoryview(data)[sent:], end, sent > 0)
+        try:
+            if get_ident() == Main.ident:
+                if not self._poll.poll(deadline * 1000):
+                    raise Lost(LATE, written=True)
+                chunk = sock.recv(_SHORT, _DONTWAIT)
+            else:
+                if deadline != self._timeout:
+                    self._set_timeout(deadline)
+                chunk = sock.recv(_SHORT)
+        except BlockingIOError:
+            raise Lost(LATE, written=True) from None
+        except OSError as error:
+            raise Lost(reason(error), written=True) from None
+        if not chunk:
+            raise Lost(CLOSED, written=True)
+        reader = self._reader
+        try:
+            reader.feed(chunk)
+            reply = reader.gets()
+        except hiredis.ProtocolError:
+            raise Lost(NO_RESP, written=True) from None
+        if reply is MISSING or type(reply) is PushNotification:
+            return self.replies(1, end)[0]
+        return reply
+
+    def send(self, data: bytes, end: float) -> None:
+        """Send packed commands whole; reads replies meanwhile, so that nobody waits in a circle."""
+        if self._tls is not None:
+            data = self._tls.seal(data)
+        self._send_rest(memoryview(data), end, False)
+
+    def replies(self, count: int, end: float) -> list[Any]:
+        """Return the next replies, errors as values; pushes of RESP3 are passed over."""
+        found: list[Any] = []
+        try:
+            while True:
+                reply = self._reader.gets()
+                if reply is MISSING:
+                    self._fill(end)
+                elif type(reply) is not PushNotification:
+                    found.append(reply)
+                    if len(found) == count:
+                        return found
+        except hiredis.ProtocolError:
+            raise Lost(NO_RESP, written=True, replies=found) from None
+        except Lost as loss:
+            raise Lost(loss.why, written=True, replies=found) from None
+
+    def alive(self) -> bool:
+        """Look whether the server has closed it; data that nobody asked for counts as closed."""
+        try:
+            data = self._sock.recv(_CHUNK, _DONTWAIT)
+            # A TLS server may send session tickets at any time; they carry no plain text.
+            return bool(data) and self._tls is not None and not self._tls.open(data)
+        except BlockingIOError:
+            return not self._reader.has_data()
+        except OSError:
+            return False
+
+    def secure(self, context: ssl.SSLContext, host: str, end: float) -> None:
+        """Begin TLS; raises `Unreachable` when the certificate is not to be trusted."""
+        tls = Tls(context, host)
+        try:
+            out, done = tls.begin()
+            self._send_rest(memoryview(out), end, False)
+            while not done:
+                self._wait(end)
+                out, done = tls.begin(self._receive())
+                self._send_rest(memoryview(out), end, False)
+        except ssl.SSLError as error:
+            raise Unreachable(f"TLS: {error.reason or error}") from None
+        self._tls = tls
+        self._hot = False
+
+    def close(self) -> None:
+        """Close the file descriptor, without shutdown(): a parent process may go on with it."""
+        self._sock.close()
+
+    def abandon(self) -> None:
+        """In a forked child: let go of the parent's connection.
+
+        The descriptor's number stays taken until the link is collected: the fork may have happened
+        in a signal handler, and the exchange below it must not wait on somebody else's socket.
+        """
+        nothing = os.open(os.devnull, os.O_RDONLY)
+        os.dup2(nothing, self._sock.fileno(), inheritable=False)
+        os.close(nothing)
+
+    def __del__(self) -> None:
+        # A transport that nobody holds any more takes its connections along, without a warning.
+        self._sock.close()
+
+    def _send_rest(self, data: memoryview, end: float, written: bool) -> None:
+        while data:
+            try:
+                sent = self._sock.send(data, _DONTWAIT)
+            except BlockingIOError:
+                self._wait(end, select.POLLIN | select.POLLOUT, written)
+                if self._poll.poll(0):
+                    self._reader.feed(self._receive(written))
+                continue
+            except OSError as error:
+                raise Lost(reason(error), written=written) from None
+            data = data[sent:]
+            written = True
+
+    def _fill(self, end: float) -> None:
+        self._wait(end)
+        self._reader.feed(self._receive())
+
+    def _receive(self, written: bool = True) -> bytes:
+        try:
+            chunk = self._sock.recv(_CHUNK, _DONTWAIT)
+            if chunk:
+                return chunk if self._tls is None else self._tls.open(chunk)
+        except BlockingIOError:
+            return b""
+        except OSError as error:
+            raise Lost(reason(error), written=written) from None
+        raise Lost(CLOSED, written=written)
+
+    def _wait(self, end: float, events: int = select.POLLIN, written: bool = True) -> None:
+        # What is there already is taken, however late it is looked for.
+        left = max(0.0, end - monotonic())
+        poll = self._poll
+        if events != select.POLLIN:
+            poll = select.poll()
+            poll.register(self._sock, events)
+        if not poll.poll(left * 1000):
+            raise Lost(LATE, written=written)
+
+    def _set_timeout(self, seconds: float) -> None:
+        whole = int(seconds)
+        value = struct.pack("ll", whole, max(1, int((seconds - whole) * 1e6)))
+        self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, value)
+        self._timeout = seconds
+
+
+def open_link(settings: Settings, end: float) -> Link:
+    """Open a connection, which is not greeted yet; raises `Unreachable`."""
+    return Link(_dial((settings.host, settings.port), settings.keepalive_options, end))
+
+
+def greet(link: Link, settings: Settings, end: float) -> None:
+    """Say what a new connection says first; raises `Unreachable`, `Refused` or `ServerError`."""
+    try:
+        if settings.tls is not None:
+            link.secure(settings.tls_context(), settings.host, end)
+        opening = handshake(
+            settings.protocol, settings.credentials(), settings.client_name, settings.db
+        )
+        link.send(b"".join(map(pack_command, opening)), end)
+        replies = link.replies(len(opening), end)
+        opened(replies, fresh_credentials=settings.credential_provider is not None)
+    except Lost as loss:
+        # A server that is full says so and closes.
+        opened(loss.replies, fresh_credentials=False)
+        raise Unreachable(f"connecting: {loss.why}") from None
+
+
+def _dial(address: Address, options: Mapping[int, int | bytes], end: float) -> socket.socket:
+    places = _places(address)
+    why = ""
+    for left, (family, place) in zip(range(len(places), 0, -1), places, strict=True):
+        sock = socket.socket(family, socket.SOCK_STREAM)
+        try:
+            _connect(sock, place, monotonic() + (end - monotonic()) / left)
+            if family != socket.AF_UNIX:
+                prepare(sock, options)
+            return sock
+        except OSError as error:
+            sock.close()
+            why = reason(error)
+        except BaseException:
+            sock.close()
+            raise
+    raise Unreachable(f"connecting: {why}")
+
+
+def _connect(sock: socket.socket, place: Any, end: float) -> None:
+    while True:
+        sock.settimeout(max(end - monotonic(), 0.001))
+        try:
+            sock.connect(place)
+            return
+        except BlockingIOError:
+            # A unix socket whose server has a full backlog says so at once instead of waiting.
+            if monotonic() >= end:
+                raise TimeoutError from None
+            time.sleep(BACKLOG_PAUSE)
+
+
+def _places(address: Address) -> list[tuple[socket.AddressFamily, Any]]:
+    host, port = address
+    if port == 0:
+        return [(socket.AF_UNIX, host)]
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    except OSError as error:
+        raise Unreachable(f"host name {host!r}: {error.strerror}") from None
+    return [(family, place) for family, _, _, _, place in found]
