@@ -27,7 +27,7 @@ DEADLINE = 0.2
 
 def _command() -> Command[Any]:
     script = Script("bench", SOURCE, hashlib.sha1(SOURCE).hexdigest().encode())
-    return Command((1,), (b"bench",), int, script)
+    return Command(("1",), (b"bench",), int, script)
 
 
 def in_threads(threads: int, work: Callable[[], None]) -> None:

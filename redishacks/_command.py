@@ -15,7 +15,8 @@ from typing import Any, Generic, NamedTuple, TypeAlias, TypeVar
 
 T = TypeVar("T")
 
-Arg: TypeAlias = bytes | str | int | float
+#: No numbers: the packer runs signal handlers while it formats one, and crashes if one raises.
+Arg: TypeAlias = bytes | str
 
 
 class Script(NamedTuple):

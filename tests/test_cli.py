@@ -640,8 +640,9 @@ def test_doctor_finds_what_hurts(app: App) -> None:
         done = app.run("doctor", "myapp:update")
         assert done.returncode == 1
         for words in (
-            "maxmemory-policy is allkeys-lru", "nothing is written to disk", "is cron running?",
-            "since 60 minutes", "is cron running? A line such as\n                * * * * *", "since 120 minutes", "1 amounts were refused", "CONFIG SET",
+            "maxmemory-policy is allkeys-lru", "nothing is written to disk", "since 60 minutes",
+            "is cron running? A line such as\n                * * * * *", "since 120 minutes",
+            "1 amounts were refused", "CONFIG SET",
         ):  # fmt: skip
             assert words in done.stdout, done.stdout
         found = checks(app.run("doctor", "myapp:update", "--json"))

@@ -116,7 +116,7 @@ def test_keys_of_different_slots_are_refused(colour: Colour, cluster: Cluster, p
     """Nothing is sent of a command whose keys do not share a slot; the rest of a run is."""
     line = colour.to_cluster(cluster)
     pair = (f"{prefix}:a".encode(), f"{prefix}:b".encode())
-    wrong: Command[Any] = Command(("MSET", pair[0], 1, pair[1], 2), pair)
+    wrong: Command[Any] = Command(("MSET", pair[0], "1", pair[1], "2"), pair)
     for _ in range(2):
         with pytest.raises(CrossNodeError, match="share a slot"):
             line.call(wrong)
@@ -124,7 +124,7 @@ def test_keys_of_different_slots_are_refused(colour: Colour, cluster: Cluster, p
     assert isinstance(first.error, CrossNodeError)
     assert second.value == 1
     tagged = (f"{{{prefix}}}a".encode(), f"{{{prefix}}}b".encode())
-    assert line.call(Command(("MSET", tagged[0], 1, tagged[1], 2), tagged)) == b"OK"
+    assert line.call(Command(("MSET", tagged[0], "1", tagged[1], "2"), tagged)) == b"OK"
 
 
 def test_a_moved_slot_goes_unnoticed(colour: Colour, cluster: Cluster, prefix: str) -> None:

@@ -89,12 +89,17 @@ class Colour:
             self.runner.close()
 
 
-def say(*words: Arg, key: str | bytes | None = None) -> Command[Any]:
+def written(words: Sequence[Arg | float]) -> tuple[Arg, ...]:
+    """Numbers as text: commands hold nothing else."""
+    return tuple(str(word) if isinstance(word, int | float) else word for word in words)
+
+
+def say(*words: Arg | float, key: str | bytes | None = None) -> Command[Any]:
     """Any command; `key` is appended to its first word and decides the node."""
     if key is None:
-        return Command(words)
+        return Command(written(words))
     raw = key.encode() if isinstance(key, str) else key
-    return Command((words[0], raw, *words[1:]), (raw,))
+    return Command(written((words[0], raw, *words[1:])), (raw,))
 
 
 def incr(key: str | bytes) -> Command[Any]:
@@ -107,16 +112,18 @@ def get(key: str | bytes) -> Command[Any]:
     return say("GET", key=key)._replace(repeatable=True)
 
 
-def echo(value: Arg) -> Command[Any]:
+def echo(value: Arg | float) -> Command[Any]:
     """The server says it back: shows whose reply one got."""
     return say("ECHO", value)
 
 
-def scripted(source: str, *args: Arg, keys: Sequence[str] = ()) -> Command[Any]:
+def scripted(source: str, *args: Arg | float, keys: Sequence[str] = ()) -> Command[Any]:
     """A script with its keys and arguments."""
     raw = source.encode()
     sha = hashlib.sha1(raw).hexdigest().encode()
-    return Command(args, tuple(key.encode() for key in keys), script=Script("a script", raw, sha))
+    return Command(
+        written(args), tuple(key.encode() for key in keys), script=Script("a script", raw, sha)
+    )
 
 
 @contextmanager

@@ -21,8 +21,8 @@ of one command share a slot, and a command without keys goes to any primary.
 
 The modules, from the ground up: `_wire` packs and parses; `_cluster` maps slots; `_decide` holds
 every rule about what to do next; `_settings`, `_sentinel`, `_tls` and `_socket` say how to connect;
-`_link`, `_async_link` and `_foreign` are connections; `_sync` and `_async` use them; `_observe` tells
-a hook; `_registry` holds one transport per client.
+`_link`, `_async_link` and `_foreign` are connections; `_sync` and `_async` use them; `_observe`
+tells a hook; `_registry` holds one transport per client.
 """
 
 from __future__ import annotations

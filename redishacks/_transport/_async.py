@@ -89,11 +89,13 @@ class Lane:
         self._links.clear()
 
     async def _make(self, patience: float) -> Link | Exception:
+        end = monotonic() + patience
         try:
             if await self._awake(patience / 2):
                 assert self._link is not None
                 return self._link
-            link = await open_link(self._loop, self._settings, patience, self._links)
+            left = end - monotonic()
+            link = await open_link(self._loop, self._settings, left, self._links)
             self._link = link
             return link
         except (Unreachable, Refused, RedisHacksError) as error:

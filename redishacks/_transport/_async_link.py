@@ -18,7 +18,7 @@ from time import monotonic
 from typing import Any
 
 import hiredis
-from hiredis import PushNotification, pack_command
+from hiredis import PushNotification
 
 from redishacks._transport import _sentinel
 from redishacks._transport._decide import CONNECT_DEADLINE, Lost, Unreachable, opened
@@ -34,7 +34,7 @@ from redishacks._transport._socket import (
     reason,
 )
 from redishacks._transport._tls import Tls
-from redishacks._transport._wire import MISSING, Address, handshake, new_reader
+from redishacks._transport._wire import MISSING, Address, handshake, new_reader, pack_words
 
 #: Bytes on one connection that are queued or not yet answered; more wait for room.
 IN_FLIGHT = 4_000_000
@@ -332,7 +332,7 @@ async def open_link(
         opening = handshake(settings.protocol, credentials, settings.client_name, settings.db)
         link = Link(loop, sock, tls)
         links.add(link)
-        data = b"".join(map(pack_command, opening))
+        data = b"".join(map(pack_words, opening))
         replies = await link.submit(data, len(opening), end)
         if isinstance(replies, Lost):
             # A server that is full says so and closes.

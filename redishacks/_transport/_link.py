@@ -16,13 +16,13 @@ from time import monotonic
 from typing import Any
 
 import hiredis
-from hiredis import PushNotification, pack_command
+from hiredis import PushNotification
 
 from redishacks._transport._decide import Lost, Unreachable, opened
 from redishacks._transport._settings import Settings
 from redishacks._transport._socket import BACKLOG_PAUSE, CLOSED, LATE, NO_RESP, prepare, reason
 from redishacks._transport._tls import Tls
-from redishacks._transport._wire import MISSING, Address, handshake, new_reader
+from redishacks._transport._wire import MISSING, Address, handshake, new_reader, pack_words
 
 #: Bytes to read at a time: of a reply that is probably short, and of any other.
 _SHORT = 8192
@@ -225,7 +225,7 @@ def greet(link: Link, settings: Settings, end: float) -> None:
         opening = handshake(
             settings.protocol, settings.credentials(), settings.client_name, settings.db
         )
-        link.send(b"".join(map(pack_command, opening)), end)
+        link.send(b"".join(map(pack_words, opening)), end)
         replies = link.replies(len(opening), end)
         opened(replies, fresh_credentials=settings.credential_provider is not None)
     except Lost as loss:

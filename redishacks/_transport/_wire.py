@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import hiredis
 
-from redishacks._command import Command
+from redishacks._command import Arg, Command
 from redishacks.errors import UsageError
 
 #: What `Reader.gets` gives when no whole reply is there; not False, which RESP3 knows as a value.
 MISSING = object()
 
-Words = tuple[Any, ...]
+Words = tuple[Arg, ...]
 
 #: Host and port; a unix socket's path and 0; a Sentinel's service name and -1.
 Address = tuple[str, int]
+
+#: hiredis' own, whose stub knows tuples of one word only.
+pack_words: Callable[[Words], bytes] = hiredis.pack_command  # type: ignore[assignment]
 
 ASKING = hiredis.pack_command((b"ASKING",))
 PING = hiredis.pack_command((b"PING",))
@@ -33,11 +36,11 @@ def pack(command: Command[Any], whole: bool = False) -> bytes:
     script = command.script
     if script is not None:
         head = (b"EVAL", script.source) if whole else (b"EVALSHA", script.sha)
-        words = (*head, len(command.keys), *command.keys, *words)
+        words = (*head, b"%d" % len(command.keys), *command.keys, *words)
     try:
-        packed: bytes = hiredis.pack_command(words)
+        packed: bytes = pack_words(words)
     except (TypeError, UnicodeEncodeError):
-        raise UsageError(f"{name(command)}: arguments must be bytes, str, int or float") from None
+        raise UsageError(f"{name(command)}: arguments must be bytes or str") from None
     return packed
 
 
@@ -59,13 +62,13 @@ def handshake(
     opening: list[Words] = []
     if protocol == 3:
         user = ("default", *credentials)[-2:] if credentials else ()
-        opening.append(("HELLO", 3, "AUTH", *user) if user else ("HELLO", 3))
+        opening.append(("HELLO", "3", "AUTH", *user) if user else ("HELLO", "3"))
     elif credentials:
         opening.append(("AUTH", *credentials))
     if client_name:
         opening.append(("CLIENT", "SETNAME", client_name))
     if db:
-        opening.append(("SELECT", db))
+        opening.append(("SELECT", str(db)))
     return opening or [("PING",)]
 
 

@@ -247,9 +247,9 @@ class Layout:
         """Add the amounts of one hit."""
         keys = self._add_keys[partition(raw, self.partitions)]
         if self.columns.signs == "+":
-            return Command((raw, amounts[0] or 0), keys, self._applied, self._incr)
-        args = ("", self.columns.signs, raw, *("" if a is None else a for a in amounts))
-        return Command(args, keys, self._applied, self._add)
+            return Command((raw, str(amounts[0] or 0)), keys, self._applied, self._incr)
+        values = ["" if a is None else str(a) for a in amounts]
+        return Command(("", self.columns.signs, raw, *values), keys, self._applied, self._add)
 
     def _applied(self, reply: int) -> None:
         if reply < 0:
@@ -279,10 +279,10 @@ class Layout:
 
         With a fence, (producer, sequence), saying it again changes nothing.
         """
-        args: list[bytes | str | int] = ["" if fence is None else fence[1], self.columns.signs]
+        args: list[bytes | str] = ["" if fence is None else str(fence[1]), self.columns.signs]
         for raw, amounts in items:
             args.append(raw)
-            args += ["" if a is None else a for a in amounts]
+            args += ["" if a is None else str(a) for a in amounts]
         keys = self._add_keys[p]
         if fence is not None:
             keys = (*keys, self._key(p, "f", fence[0]))
@@ -298,7 +298,7 @@ class Layout:
         at = self.columns.index(column)
         return [
             Command(
-                ("ZRANGE", keys[at], 0, count - 1, "REV", "WITHSCORES"),
+                ("ZRANGE", keys[at], "0", str(count - 1), "REV", "WITHSCORES"),
                 (keys[at],),
                 _page,
                 repeatable=True,
@@ -311,7 +311,7 @@ class Layout:
         """Read pending ids and amounts of a column, ranks start to stop - 1."""
         key = self._pending[p][self.columns.index(column)]
         return Command(
-            ("ZRANGE", key, start, stop - 1, "WITHSCORES"),
+            ("ZRANGE", key, str(start), str(stop - 1), "WITHSCORES"),
             (key,),
             _page,
             repeatable=True,
@@ -371,7 +371,7 @@ class Layout:
 
         # Guarded by `expected`: said again, it finds another next and changes nothing.
         return Command(
-            (expected, new_id(), chunk, *names),
+            (expected, new_id(), str(chunk), *names),
             keys,
             parse,
             script("counter_claim"),
@@ -398,7 +398,7 @@ class Layout:
         """Read ids and amounts of the first column, ranks start to stop - 1."""
         key = self._key(batch.partition, "b", batch.id, batch.columns[0])
         return Command(
-            ("ZRANGE", key, start, stop - 1, "WITHSCORES"),
+            ("ZRANGE", key, str(start), str(stop - 1), "WITHSCORES"),
             (key,),
             _page,
             repeatable=True,
@@ -422,8 +422,8 @@ class Layout:
         """
         key = self._key(batch.partition, "b", batch.id)
         return [
-            Command(("HSET", key, "confirmed", 1), (key,), int, repeatable=True, bulk=True),
-            Command(("WAIT", 1, milliseconds), (key,), int, repeatable=True, bulk=True),
+            Command(("HSET", key, "confirmed", "1"), (key,), int, repeatable=True, bulk=True),
+            Command(("WAIT", "1", str(milliseconds)), (key,), int, repeatable=True, bulk=True),
         ]
 
     def ack(self, batch: Batch) -> Command[int]:
@@ -454,7 +454,7 @@ class Layout:
             return Held(_amounts(reply[:width]), claimed)
 
         return Command(
-            (raw, width, state.next, *state.batches),
+            (raw, str(width), state.next, *state.batches),
             tuple(keys),
             parse,
             script("counter_value"),

@@ -330,7 +330,7 @@ def _remove_keys(counter: BufferedCounter, prefix: str, audience: Audience) -> N
     transport, deadline = counter.transport, counter.deadline
     cursor, removed = b"0", 0
     while True:
-        words = ("SCAN", cursor, "MATCH", f"{prefix}:*", "COUNT", 1000)
+        words = ("SCAN", cursor, "MATCH", f"{prefix}:*", "COUNT", "1000")
         cursor, keys = transport.call(Command(words, (), parse, repeatable=True), deadline)
         for key in keys:
             removed += transport.call(Command(("UNLINK", key), (key,), int), deadline)
