@@ -18,7 +18,7 @@ from redishacks.counters.commands import Amount, Columns, Id, Layout, new_id
 from redishacks.errors import PartlyAppliedError, UsageError
 
 #: Parts of one `incr_many` that go out in one exchange.
-_PARTS_AT_ONCE = 8
+_PARTS_AT_ONCE = 16
 
 #: Ids (`Id`; a mapping's key type is invariant, hence Any), each with an amount or one per column.
 Amounts = Mapping[Any, Amount | Mapping[str, Amount]]
@@ -243,7 +243,7 @@ class BufferedCounter(_Counter):
     def incr_many(self, hits: Amounts) -> None:
         """Add to many ids: `{"/a": 2, "/b": 1}` or `{42: {"times_seen": 1, "last_seen": now}}`.
 
-        Goes out in parts of at most 5,000 ids and 1 MB, eight to a round trip; each part is
+        Goes out in parts of at most 2,500 ids and 1 MB, sixteen to a round trip; each part is
         atomic, and each id stands in one part. Ids that are the same as bytes are merged first.
         Raises as `incr` does when nothing was added, else `PartlyAppliedError`, which says what
         became of which id.

@@ -34,8 +34,8 @@ Page = tuple[list[bytes], list[int | None]]
 Item = tuple[bytes, Sequence[int | None]]
 Amount = int | dt.datetime
 
-#: Largest part of one send: more would block the server for too long (5,000 ids take 5 ms).
-PART_IDS = 5_000
+#: Largest part of one send: more would block the server for too long (2,500 new ids take 5 ms).
+PART_IDS = 2_500
 PART_BYTES = 1_000_000
 #: Ids read at once from a claimed batch.
 PAGE = 5_000

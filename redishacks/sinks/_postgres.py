@@ -415,13 +415,17 @@ CREATE INDEX IF NOT EXISTS {_index_name(dead)} ON {identifier(*dead)} (counter, 
         """See `Sink.read`; one statement, hence one snapshot."""
         self.target.check(list(columns))
 
-        def body(row: bool) -> Steps[Reading]:
+        def body(row: bool = True) -> Steps[Reading]:
             return self._read(counter, columns, id, chunks, batches, row)
 
         try:
-            return (yield from self.settled(columns, lambda: body(True), write=False))
-        except BadIdError:  # it can have no row
-            return (yield from self.settled(columns, lambda: body(False), write=False))
+            return (yield from self.settled(columns, body, write=False))
+        except BadIdError:
+            shape = self._shape
+        # It can have no row, unless the table has changed since we looked.
+        yield from self.settled(columns, lambda: self.look(columns), write=False)
+        changed = self._shape != shape
+        return (yield from self.settled(columns, lambda: body(changed), write=False))
 
     def _read(
         self,

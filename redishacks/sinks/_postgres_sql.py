@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from redishacks._sink import Rule
-from redishacks.sinks._target import BadIdError, Rows, Target, identifier, text_of
+from redishacks.sinks._target import BadIdError, Rows, Target, identifier, text_of, texts_of
 
 _INTEGERS = ("smallint", "integer", "bigint", "numeric")
 
@@ -106,13 +106,10 @@ def as_rows(
     values: Sequence[Sequence[int | None]],
 ) -> tuple[Rows, list[tuple[int, str]]]:
     """Return the rows whose ids can be sent at all, and (place, reason) of the others."""
-    if len(shape.keys) == 1 and not shape.keys[0].binary and ids:
-        joined = b"\0".join(ids)
-        if joined.count(b"\0") == len(ids) - 1:
-            try:
-                return Rows(range(len(ids)), (joined.decode().split("\0"),), tuple(values)), []
-            except UnicodeDecodeError:
-                pass
+    if len(shape.keys) == 1 and not shape.keys[0].binary:
+        texts = texts_of(ids)
+        if texts is not None:
+            return Rows(range(len(ids)), (texts,), tuple(values)), []
     at: list[int] = []
     keys: list[list[str]] = []
     bad: list[tuple[int, str]] = []

@@ -55,6 +55,7 @@ from redishacks.sinks._target import (
     identifier,
     make_target,
     text_of,
+    texts_of,
 )
 from redishacks.sinks._verdicts import (
     BusyError,
@@ -143,16 +144,23 @@ class Column(NamedTuple):
             return number
         return text_of(part)
 
-    def amount(self, rule: Rule, amount: int | None) -> int | str | None:
-        """Return an amount as this column holds it; raises `BadIdError`."""
-        if amount is None:
-            return 0 if rule is Rule.SUM else None
-        if self.is_time:
-            try:
-                return _units.moment(amount).isoformat(" ", "microseconds")[:26]
-            except OverflowError:
-                raise BadIdError(f"{amount} is no moment of the years 1 to 9999") from None
-        return amount
+    def amounts(
+        self, rule: Rule, amounts: Sequence[int | None], bad: dict[int, str]
+    ) -> Sequence[Any]:
+        """Return amounts as this column holds them; note in `bad` those that it cannot hold."""
+        if rule is Rule.SUM:
+            return [amount or 0 for amount in amounts]
+        if not self.is_time:
+            return amounts
+        moments: list[str | None] = []
+        for place, amount in enumerate(amounts):
+            moments.append(None)
+            if amount is not None:
+                try:
+                    moments[-1] = _units.moment(amount).isoformat(" ", "microseconds")[:26]
+                except OverflowError:
+                    bad[place] = f"{amount} is no moment of the years 1 to 9999"
+        return moments
 
     def reading(self, value: Any) -> int | None:
         """Return a value of this column as an amount; None where it is none."""
@@ -605,25 +613,39 @@ CREATE TABLE IF NOT EXISTS {identifier(*dead)} (
         values: Sequence[Sequence[int | None]],
     ) -> tuple[Rows, list[tuple[int, str]]]:
         """Return keys and amounts as the columns hold them, in key order, and the bad ones."""
-        columns = [(shape.values[name], rule) for name, rule in rules.items()]
-        good: list[tuple[Any, ...]] = []
-        bad: list[tuple[int, str]] = []
+        bad: dict[int, str] = {}
+        keys = self._keys(shape, ids, bad)
+        columns = [
+            shape.values[name].amounts(rule, amounts, bad)
+            for (name, rule), amounts in zip(rules.items(), values, strict=True)
+        ]
+        good = [place for place in range(len(ids)) if place not in bad] if bad else range(len(ids))
+        order = sorted(good, key=keys.__getitem__)
+        rows = Rows(
+            order,
+            tuple(zip(*(keys[place] for place in order), strict=True)),
+            tuple([column[place] for place in order] for column in columns),
+        )
+        return rows, list(bad.items())
+
+    def _keys(
+        self, shape: Shape, ids: Sequence[bytes], bad: dict[int, str]
+    ) -> list[tuple[Any, ...]]:
+        if len(shape.keys) == 1 and shape.keys[0].affinity in ("TEXT", "NONE"):
+            texts = texts_of(ids)
+            if texts is not None:
+                return [(text,) for text in texts]
+        keys: list[tuple[Any, ...]] = []
         for place, id in enumerate(ids):
             try:
                 parts = self.target.parts(id)
-                keys = [key.key(part) for key, part in zip(shape.keys, parts, strict=True)]
-                amounts = [
-                    column.amount(rule, amounts[place])
-                    for (column, rule), amounts in zip(columns, values, strict=True)
-                ]
+                keys.append(
+                    tuple([key.key(part) for key, part in zip(shape.keys, parts, strict=True)])
+                )
             except BadIdError as error:
-                bad.append((place, str(error)))
-            else:
-                good.append((*keys, place, *amounts))
-        width = len(shape.keys)
-        good.sort(key=lambda row: row[: width + 1])
-        cut = list(zip(*good, strict=True)) if good else [()] * (width + 1 + len(columns))
-        return Rows(cut[width], tuple(cut[:width]), tuple(cut[width + 1 :])), bad
+                bad[place] = str(error)
+                keys.append(())
+        return keys
 
     def _statement(self, shape: Shape, rules: Mapping[str, Rule]) -> str:
         columns = [shape.values[name] for name in rules]

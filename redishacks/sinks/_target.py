@@ -91,6 +91,17 @@ def text_of(part: bytes) -> str:
     return text
 
 
+def texts_of(ids: Sequence[bytes]) -> list[str] | None:
+    """Return ids as texts that SQL can hold, all at once; None when there is a bad one."""
+    joined = b"\0".join(ids)
+    if not ids or joined.count(b"\0") != len(ids) - 1:
+        return None
+    try:
+        return joined.decode().split("\0")
+    except UnicodeDecodeError:
+        return None
+
+
 def make_target(
     table: Table,
     key: str | tuple[str, ...],
