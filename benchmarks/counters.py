@@ -186,9 +186,7 @@ def _bare(
     return run
 
 
-def _talk(
-    url: str, db: psycopg.Connection[Any], ids: list[str]
-) -> Callable[[], tuple[int, float]]:
+def _talk(url: str, db: psycopg.Connection[Any], ids: list[str]) -> Callable[[], tuple[int, float]]:
     """Make the talk's flush: read the sorted set, an UPDATE for each member."""
     client = redis.Redis.from_url(url)
     client.zadd("talk:pending", dict.fromkeys(ids, 1))

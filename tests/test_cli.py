@@ -40,6 +40,8 @@ import redis
 from redishacks.counters import BufferedCounter, FlushJob
 from redishacks.sinks import PostgresSink, SQLiteSink
 
+pytestmark = pytest.mark.slow
+
 client = redis.Redis.from_url(os.environ["APP_REDIS"])
 prefix = os.environ["APP_PREFIX"]
 hits = BufferedCounter(client, "hits", prefix=prefix)

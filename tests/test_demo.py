@@ -26,6 +26,8 @@ from redishacks.errors import UsageError
 from redishacks.testing import Postgres, Server
 from tests.helpers import eventually
 
+pytestmark = pytest.mark.slow
+
 LINE = '1.2.3.4 - - [17/May/2015:10:05:03 +0000] "{}" 200 17 "-" "agent"\n'
 
 

@@ -23,6 +23,8 @@ from redishacks.testing import FaultProxy
 from tests import workers
 from tests.helpers import eventually
 
+pytestmark = pytest.mark.slow
+
 IDS = {f"/{i}": i + 1 for i in range(7)}
 CHUNK = 3
 

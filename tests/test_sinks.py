@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import datetime as dt
+import gc
 import hashlib
 import inspect
 import multiprocessing
@@ -1628,3 +1629,31 @@ except sinks.UsageError as error:
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "redishacks[postgres]" in done.stdout
+
+
+def test_a_mistyped_path_makes_no_file(tmp_path: Path) -> None:
+    """Only create_ledger() makes a SQLite file; anything else says that there is none."""
+    path = tmp_path / "typo.db"
+    with SQLiteSink(path, table="pages", key="path", columns={"amount": "hits"}) as sink:
+        with pytest.raises(SchemaError, match="no SQLite file"):
+            sink.begin(SUM)
+        assert not path.exists()
+        sink.create_ledger()
+        assert path.exists()
+
+
+def test_a_sink_that_is_dropped_closes_without_a_warning(pg_dsn: str, tmp_path: Path) -> None:
+    """Nobody has to close a sink: its connection goes with it, sync and async."""
+    for sink in (
+        PostgresSink(pg_dsn, table="t", key="k", columns={"amount": "n"}),
+        SQLiteSink(tmp_path / "a.db", table="t", key="k", columns={"amount": "n"}),
+    ):
+        sink.create_ledger()
+        del sink
+
+    async def main() -> None:
+        sink = AsyncPostgresSink(pg_dsn, table="t", key="k", columns={"amount": "n"})
+        await sink.create_ledger()
+
+    asyncio.run(main())
+    gc.collect()

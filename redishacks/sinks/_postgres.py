@@ -3,7 +3,7 @@
     sink = PostgresSink("postgresql://…", table="pages", key="path", columns={"amount": "hits"})
 
 One transaction per chunk, READ COMMITTED, `synchronous_commit` at least `on`: the ledger row, then
-all rows in one statement and in key order, then COMMIT; six round trips. Only when a statement is
+all rows in one statement and in key order, then COMMIT; five round trips. Only when a statement is
 refused it is cut into parts under savepoints until the rows are found that cannot be applied.
 
 Trade-offs: an upsert inserts a row even when only an update would follow, so the table's other
@@ -576,12 +576,12 @@ class PostgresSink:
     def begin(self, columns: Mapping[str, Rule]) -> Any:
         """Check tables, columns, types, the unique index and grants; return the clock.
 
-        Five round trips. `SchemaError.ddl` is what would mend all that is missing.
+        Four round trips. `SchemaError.ddl` is what would mend all that is missing.
         """
         return drive(self._steps.begin(columns))
 
     def apply(self, chunk: Chunk) -> Applied:
-        """Write a chunk and its ledger row in one transaction; six round trips."""
+        """Write a chunk and its ledger row in one transaction; five round trips."""
         return drive(self._steps.apply(chunk))
 
     def applied(self, batch: str) -> frozenset[int]:

@@ -118,7 +118,7 @@ class PsycopgDatabase:
         )
 
     def transaction(self, body: Steps[T], *, write: bool = True) -> Steps[T]:
-        """See `Database.transaction`; three round trips more than the body's."""
+        """See `Database.transaction`; two round trips more than the body's."""
         del write  # one kind of transaction serves both
         yield from self._arrive()
         lock = self._lock
@@ -158,6 +158,14 @@ class PsycopgDatabase:
         if self._dsn is not None and self._conn is not None:
             conn, self._conn = self._conn, None
             yield from call(conn.close)
+
+    def __del__(self) -> None:
+        # A sink that nobody holds any more takes its connection along, without a warning. Not
+        # close(): an async connection's would have to be awaited.
+        if self._dsn is None or self._conn is None or self._arrived is None:
+            return
+        if self._arrived[0] == os.getpid():
+            self._conn.pgconn.finish()
 
     def _arrive(self) -> Steps[None]:
         """Part from a connection of our own that belongs to a parent process or another loop."""

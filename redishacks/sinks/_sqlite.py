@@ -220,6 +220,8 @@ class SQLiteDatabase:
         #: Connections of a parent process, which SQLite forbids to use, and even to close.
         self._inherited: list[Any] = []
         self._lock = threading.Lock()
+        #: Make the file if it is not there; else a mistyped path would leave an empty one behind.
+        self.makes_file = False
         if isinstance(target, str | Path):
             self._path = str(target)
         elif isinstance(target, self._sqlite3.Connection):
@@ -295,6 +297,8 @@ class SQLiteDatabase:
             self._pid = os.getpid()
         with self._translated():
             if self._conn is None:
+                if self._is_missing() and not self.makes_file:
+                    raise LackingError(f"there is no SQLite file {self._path}")
                 self._conn = self._sqlite3.connect(
                     self._path, timeout=_BUSY_TIMEOUT, isolation_level=None, check_same_thread=False
                 )
@@ -305,6 +309,15 @@ class SQLiteDatabase:
                     "always is): what the sink writes there could still be rolled back after it "
                     "was acknowledged"
                 )
+
+    def _is_missing(self) -> bool:
+        path = self._path
+        return path not in (None, "", ":memory:") and not os.path.exists(str(path))
+
+    def __del__(self) -> None:
+        # A sink that nobody holds any more takes its connection along, without a warning.
+        if self._path is not None and self._conn is not None and self._pid == os.getpid():
+            self._conn.close()
 
     def _settle(self) -> tuple[int, Any]:
         """Make commits durable and texts str for one transaction; return what was set before."""
@@ -753,7 +766,8 @@ class SQLiteSink:
         dead: Table = "redishacks_dead",
     ) -> None:
         checked = make_target(table, key, columns, mode, unknown, ledger, dead)
-        self._steps = SQLiteConversation(checked, SQLiteDatabase(target))
+        self._database = SQLiteDatabase(target)
+        self._steps = SQLiteConversation(checked, self._database)
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.destination()}>"
@@ -778,7 +792,8 @@ class SQLiteSink:
         return self._steps.ddl()
 
     def create_ledger(self) -> None:
-        """Make both tables unless they exist; safe to call from many processes at once."""
+        """Make both tables, and the file, unless they exist; many processes may at once."""
+        self._database.makes_file = True
         drive(self._steps.create_ledger())
 
     def begin(self, columns: Mapping[str, Rule]) -> Any:
