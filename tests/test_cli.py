@@ -31,6 +31,8 @@ from redishacks.sinks import SQLiteSink
 from redishacks.testing import FaultProxy, Server, redis_server, servers_available, valkey_server
 from tests.helpers import eventually
 
+pytestmark = pytest.mark.slow
+
 COMMAND = [sys.executable, "-m", "redishacks"]
 
 #: The module that a user would write; `jobs` is what cron flushes.
@@ -39,8 +41,6 @@ import os, time
 import redis
 from redishacks.counters import BufferedCounter, FlushJob
 from redishacks.sinks import PostgresSink, SQLiteSink
-
-pytestmark = pytest.mark.slow
 
 client = redis.Redis.from_url(os.environ["APP_REDIS"])
 prefix = os.environ["APP_PREFIX"]
