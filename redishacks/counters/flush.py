@@ -456,7 +456,7 @@ class FlushJob(_Job):
         Redis or SQL is away (nothing is lost, the next run goes on), `SchemaError` when the
         database lacks something, `UsageError` when counter and job do not fit.
 
-        Round trips to Redis: 3 for an idle run, then about 3 per chunk.
+        Round trips to Redis: 3 for an idle run, 4 more for a batch, 2 for each of its chunks.
         """
         self._stopping = False
         return drive(self.flush_steps(time_budget), self._transport, self._deadline)
