@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol, TypeVar
 
@@ -81,33 +81,36 @@ async def perform_async(effect: Effect, transport: AsyncTransport | None, deadli
 
 def drive(steps: Steps[T], transport: Transport | None = None, deadline: float = 1.0) -> T:
     """Run steps to their end; an effect that fails is thrown into them."""
-    try:
-        effect = next(steps)
-        while True:
-            try:
-                result = perform(effect, transport, deadline)
-            except BaseException as error:
-                effect = steps.throw(error)
-            else:
-                effect = steps.send(result)
-    except StopIteration as stop:
-        value: T = stop.value
-        return value
+    move: Callable[[Any], Effect] = steps.send
+    value: Any = None
+    while True:
+        try:
+            effect = move(value)
+            move, value = steps.send, perform(effect, transport, deadline)
+        except StopIteration as stop:
+            result: T = stop.value
+            return result
+        except BaseException as error:
+            # Also what a signal handler raised between two moves: the steps must clean up.
+            if inspect.getgeneratorstate(steps) != inspect.GEN_SUSPENDED:
+                raise
+            move, value = steps.throw, error
 
 
 async def drive_async(
     steps: Steps[T], transport: AsyncTransport | None = None, deadline: float = 1.0
 ) -> T:
     """Run steps to their end in a task; a cancellation is thrown into them too."""
-    try:
-        effect = next(steps)
-        while True:
-            try:
-                result = await perform_async(effect, transport, deadline)
-            except BaseException as error:
-                effect = steps.throw(error)
-            else:
-                effect = steps.send(result)
-    except StopIteration as stop:
-        value: T = stop.value
-        return value
+    move: Callable[[Any], Effect] = steps.send
+    value: Any = None
+    while True:
+        try:
+            effect = move(value)
+            move, value = steps.send, await perform_async(effect, transport, deadline)
+        except StopIteration as stop:
+            result: T = stop.value
+            return result
+        except BaseException as error:
+            if inspect.getgeneratorstate(steps) != inspect.GEN_SUSPENDED:
+                raise
+            move, value = steps.throw, error

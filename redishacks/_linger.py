@@ -23,12 +23,11 @@ import os
 import sys
 import threading
 import time
-import weakref
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, Protocol
 
-from redishacks._command import Command, Steps, ask, ask_all
+from redishacks._command import Command, Steps, ask_all
 from redishacks._drive import AsyncTransport, Transport, drive, drive_async
 from redishacks._units import seconds
 from redishacks.errors import MaybeAppliedError, RedisHacksError, UnavailableError, UsageError
@@ -40,6 +39,8 @@ Items = list[tuple[bytes, Amounts]]
 LOG = 8192
 #: A send in doubt is repeated this long; the fence on the server lives twice as long.
 GIVE_UP = 12 * 3600.0
+#: Nobody merges for so long: a lock held longer is one that an exception has leaked.
+LEAKED = 5.0
 #: Pause after a failed send, at least and at most.
 PAUSES = (0.05, 1.0)
 
@@ -158,16 +159,28 @@ class Buffer:
             self._merging.release()
 
     def _freeze(self) -> None:
-        """Cut what is held into parts that stay as they are until answered."""
+        """Cut what is held into parts that stay as they are until answered.
+
+        A partition that still has a part to be answered keeps its newer hits merged.
+        """
         self._merge()
-        with self._merging:
+        if not self._merging.acquire(timeout=LEAKED):
+            # A signal handler's exception came just after its holder had got it.
+            self._merging = threading.Lock()
+            self._merging.acquire()
+        try:
             merged = {raw: list(amounts) for raw, amounts in self._merged.items()}
             for id, times in self._counts.items():
                 into = merged.setdefault(id.encode(), [None] * len(self._batcher.hit(1)))
                 self._batcher.merge(into, self._batcher.hit(times))
-            frozen: dict[int, deque[_Part]] = {}
+            frozen = {p: deque(lane) for p, lane in self._frozen.items()}
+            waiting = set(frozen)
+            kept: dict[bytes, list[int | None]] = {}
             sequences = dict(self._sequences)
             for p, items in self._batcher.parts(merged.items()):
+                if p in waiting:
+                    kept.update((raw, list(amounts)) for raw, amounts in items)
+                    continue
                 sequences[p] = sequences.get(p, 0) + 1
                 frozen.setdefault(p, deque()).append(_Part(sequences[p], items, time.monotonic()))
             counts: Counter[str] = Counter()
@@ -176,8 +189,10 @@ class Buffer:
                 frozen,
                 sequences,
                 counts,
-                {},
+                kept,
             )
+        finally:
+            self._merging.release()
         self.room = 0
 
     def send(self) -> Steps[None]:
@@ -190,49 +205,53 @@ class Buffer:
         if not self._defined:
             yield from self._batcher.agree()
             self._defined = True
+        error = None
         if self._frozen:  # what an earlier send left comes first, as it was
-            yield from self._send_frozen()
+            error = yield from self._send_frozen()
         self._freeze()
-        yield from self._send_frozen()
+        error = (yield from self._send_frozen()) or error
+        if error is not None:
+            raise error
         self.error = None
         self.room = 0
 
-    def _send_frozen(self) -> Steps[None]:
-        while self._frozen:
-            lanes = [(p, lane[0]) for p, lane in self._frozen.items()]
-            commands = [
-                self._batcher.add(p, part.items, (self._producer, part.sequence))
-                for p, part in lanes
-            ]
-            if len(commands) == 1:
-                self._answered(*lanes[0], (yield from ask(commands[0])))
-            else:
-                outcomes = yield from ask_all(commands)
-                for (p, part), outcome in zip(lanes, outcomes, strict=True):
-                    if outcome.error is None:
-                        self._answered(p, part, outcome.result())
-                for outcome in outcomes:
-                    outcome.result()
+    def _send_frozen(self) -> Steps[Exception | None]:
+        """Send every partition's parts; one that fails does not hold up the others."""
+        failed: dict[int, Exception] = {}
+        while True:
+            lanes = [(p, lane[0]) for p, lane in self._frozen.items() if p not in failed]
+            if not lanes:
+                return next(iter(failed.values()), None)
+            outcomes = yield from ask_all(
+                [
+                    self._batcher.add(p, part.items, (self._producer, part.sequence))
+                    for p, part in lanes
+                ]
+            )
+            for (p, part), outcome in zip(lanes, outcomes, strict=True):
+                if outcome.error is None:
+                    self._answered(p, part, outcome.result())
+                else:
+                    failed[p] = outcome.error
 
     def _answered(self, p: int, part: _Part, reply: int) -> None:
-        lane = self._frozen[p]
-        if reply >= 0:
-            lane.popleft()
-            if not lane:
-                del self._frozen[p]
-            return
-        # Nothing of this part was applied, so its sequence number is still free.
-        refused = Refused(*part.items[-reply - 1], "the pending sum would pass 2^53")
-        items = part.items[: -reply - 1] + part.items[-reply:]
+        lane = self._frozen.get(p)
+        if not lane or lane[0].sequence != part.sequence:
+            return  # another loop's send was answered first
+        items: Items = []
+        if reply < 0:
+            # Nothing of this part was applied, so its sequence number is still free.
+            items = part.items[: -reply - 1] + part.items[-reply:]
         if items:
             lane[0] = part._replace(items=items)
         else:
             lane.popleft()
             if not lane:
                 del self._frozen[p]
-        _log.error("refused for good: id %r, amounts %r: %s", *refused)
-        if self._on_refused is not None:
-            self._on_refused(refused)
+        if reply < 0:
+            refused = Refused(*part.items[-reply - 1], "the pending sum would pass 2^53")
+            _log.error("refused for good: id %r, amounts %r: %s", *refused)
+            _tell(self._on_refused, refused)
 
     def failed(self, error: RedisHacksError) -> None:
         """Note a failed send; what has been in doubt for too long is given up and reported."""
@@ -244,8 +263,7 @@ class Buffer:
                 _log.error(
                     "%d ids in doubt are given up after 12 hours: %s", len(part.items), error
                 )
-                if self._on_maybe_applied is not None:
-                    self._on_maybe_applied(part.items)
+                _tell(self._on_maybe_applied, part.items)
             if not lane:
                 del self._frozen[p]
 
@@ -257,32 +275,90 @@ class Buffer:
         )
 
 
-class Coalescer:
+def _tell(callback: Callable[[Any], None] | None, what: Any) -> None:
+    """Call a user's callback; its errors are its own."""
+    if callback is not None:
+        try:
+            callback(what)
+        except Exception:
+            _log.exception("a callback of a buffered counter failed")
+
+
+class _Sender:
+    """What both colours decide alike: when to send again, and whether a hit finds room."""
+
+    def __init__(self, buffer: Buffer, *, linger: float, deadline: float, overflow: str) -> None:
+        if overflow not in ("raise", "block"):
+            raise UsageError(f"overflow must be 'raise' or 'block', not {overflow!r}")
+        self.buffer = buffer
+        #: No hit is taken any more; one that came in between has to be sent by who counted it.
+        self.closed = False
+        self._linger = linger
+        self._deadline = deadline
+        self._block = overflow == "block"
+        self._abandoned = False
+        self._pause = linger
+
+    def _begin(self) -> None:
+        """See that hits are sent at exit, whoever still holds the counter then."""
+        _register(self)
+
+    def _end(self) -> None:
+        """Nobody counts here any more: forget it when nothing is left to be sent."""
+        if not self.buffer.held():
+            _live.discard(self)
+
+    def after_fork(self) -> None:
+        """Begin empty in a child: the parent sends what it buffered."""
+        self.buffer.reset()
+
+    def close(self) -> None:
+        """Send the rest, at interpreter exit at the latest."""
+        raise NotImplementedError
+
+    def _judge(self, error: Exception | None) -> bool:
+        """Take note of a send of the background; return whether to go on."""
+        if error is None:
+            self._pause = self._linger
+            if self._abandoned:
+                self._end()
+            return not self._abandoned
+        self._pause = min(max(2 * self._pause, PAUSES[0]), max(PAUSES[1], self._linger))
+        _log.warning(
+            "buffered hits could not be sent, will try again: %s",
+            error,
+            # An error of ours says enough; any other is a callback's, or a fault.
+            exc_info=None if isinstance(error, RedisHacksError) else error,
+        )
+        return True
+
+    def _has_room(self) -> bool:
+        """Make room in the log; raises when the counter cannot be used at all."""
+        if isinstance(self.buffer.error, UsageError):
+            raise self.buffer.error
+        return self.buffer.make_room()
+
+    def _wait_longer(self, end: float) -> None:
+        """Raise unless a full buffer is worth waiting for.
+
+        A sender that is merely busy gets the time to make room.
+        """
+        failing = self.buffer.error is not None and not self._block
+        if failing or time.monotonic() > end:
+            raise self.buffer.full()
+
+
+class Coalescer(_Sender):
     """Sends a buffer every `linger` seconds from one daemon thread, begun by the first hit.
 
     At interpreter exit the last send runs in the exiting thread. A forked child begins empty with
     a thread of its own.
     """
 
-    def __init__(
-        self,
-        buffer: Buffer,
-        transport: Transport,
-        *,
-        linger: float,
-        deadline: float,
-        overflow: str,
-    ) -> None:
-        self.buffer = buffer
+    def __init__(self, buffer: Buffer, transport: Transport, **options: Any) -> None:
+        super().__init__(buffer, **options)
         self._transport = transport
-        self._linger = linger
-        self._deadline = deadline
-        self._block = _blocks(overflow)
-        #: No hit is taken any more; one that came in between has to call `close()` itself.
-        self.closed = False
-        self._abandoned = False
         self._reset()
-        _register(self)
 
     def _reset(self) -> None:
         self._sending = threading.Lock()
@@ -293,7 +369,7 @@ class Coalescer:
 
     def after_fork(self) -> None:
         """Begin empty in a child: the parent sends what it buffered."""
-        self.buffer.reset()
+        super().after_fork()
         self._reset()
 
     def add(self, raw: bytes, amounts: Amounts) -> None:
@@ -310,63 +386,48 @@ class Coalescer:
             raise UsageError("it is closed and counts no more")
         if self._thread is None:
             self._start()
-        if isinstance(self.buffer.error, UsageError):
-            raise self.buffer.error
-        if self.buffer.make_room():
-            return
         end = time.monotonic() + self._deadline
-        while True:
+        while not self._has_room():
             self._nudge()
-            # A sender that is merely busy gets the time to make room.
-            if (self.buffer.error is not None and not self._block) or time.monotonic() > end:
-                raise self.buffer.full()
+            self._wait_longer(end)
             time.sleep(0.001)
-            if self.buffer.make_room():
-                return
 
     def _start(self) -> None:
+        self._begin()
         thread = threading.Thread(target=self._work, name="redishacks-linger", daemon=True)
         self._thread = thread
         try:
             thread.start()
         except RuntimeError:  # the interpreter is exiting: close() will send
             self._thread = None
-            return
-        if "multiprocessing.util" in sys.modules:
-            # Children of multiprocessing end by os._exit(), which skips atexit.
-            from multiprocessing.util import Finalize
-
-            Finalize(None, _close_all, exitpriority=10)
 
     def _nudge(self) -> None:
         with contextlib.suppress(RuntimeError):
             self._wake.release()
 
     def _work(self) -> None:
-        pause = self._linger
         wake = self._wake
-        while not self.closed and self._wake is wake:
-            wake.acquire(timeout=pause)
+        going = True
+        while going and not self.closed and self._wake is wake:
+            wake.acquire(timeout=self._pause)
             try:
                 self.send()
-                if self._abandoned:
-                    return
-                pause = self._linger
-            except RedisHacksError as error:
-                pause = min(max(2 * pause, PAUSES[0]), max(PAUSES[1], self._linger))
-                _log.warning("buffered hits could not be sent, will try again: %s", error)
-            except Exception:
-                pause = PAUSES[1]
-                _log.exception("buffered hits could not be sent, will try again")
+                going = self._judge(None)
+            except Exception as error:
+                going = self._judge(error)
 
     def send(self) -> None:
         """Send all that is buffered now; raises when it could not, and keeps it."""
-        with self._sending:
-            try:
-                drive(self.buffer.send(), self._transport, self._deadline)
-            except RedisHacksError as error:
-                self.buffer.failed(error)
-                raise
+        # Bounded: a signal handler may send while its thread is in here.
+        if not self._sending.acquire(timeout=2 * self._deadline):
+            raise UnavailableError("another send of this counter is under way; try again later")
+        try:
+            drive(self.buffer.send(), self._transport, self._deadline)
+        except RedisHacksError as error:
+            self.buffer.failed(error)
+            raise
+        finally:
+            self._sending.release()
 
     def close(self) -> None:
         """Send the rest and stop; raises when it could not be sent within the deadline.
@@ -384,42 +445,29 @@ class Coalescer:
                 if time.monotonic() > end:
                     raise
                 time.sleep(PAUSES[0])
+        self._end()
 
     def abandon(self) -> None:
         """Stop after the next good send, without waiting for it: the counter is garbage."""
         self._abandoned = True
+        self._end()
         self._nudge()
 
 
-class AsyncCoalescer:
+class AsyncCoalescer(_Sender):
     """Sends a buffer every `linger` seconds from a task of the running loop.
 
     When the loop is closed by `asyncio.run` the cancelled task sends the rest first.
     """
 
-    def __init__(
-        self,
-        buffer: Buffer,
-        transport: AsyncTransport,
-        *,
-        linger: float,
-        deadline: float,
-        overflow: str,
-    ) -> None:
-        self.buffer = buffer
+    def __init__(self, buffer: Buffer, transport: AsyncTransport, **options: Any) -> None:
+        super().__init__(buffer, **options)
         self._transport = transport
-        self._linger = linger
-        self._deadline = deadline
-        self._block = _blocks(overflow)
-        #: No hit is taken any more; one that came in between has to call `close()` itself.
-        self.closed = False
-        self._abandoned = False
-        self.after_fork()
-        _register(self)
+        self._settle(None)
 
     def after_fork(self) -> None:
         """Begin empty in a child: the parent sends what it buffered."""
-        self.buffer.reset()
+        super().after_fork()
         self._settle(None)
 
     def _settle(self, loop: asyncio.AbstractEventLoop | None) -> None:
@@ -445,38 +493,31 @@ class AsyncCoalescer:
         if self.loop is not loop:
             self._settle(loop)
         if self._task is None or self._task.done():
+            self._begin()
             self._task = loop.create_task(self._work(), name="redishacks-linger")
-        if isinstance(self.buffer.error, UsageError):
-            raise self.buffer.error
-        if self.buffer.make_room():
-            return
         end = time.monotonic() + self._deadline
-        while True:
+        while not self._has_room():
             self._wake.set()
-            if (self.buffer.error is not None and not self._block) or time.monotonic() > end:
-                raise self.buffer.full()
+            self._wait_longer(end)
             await asyncio.sleep(0.001)
-            if self.buffer.make_room():
-                return
 
     async def _work(self) -> None:
-        pause = self._linger
+        going = True
         try:
-            while not self.closed:
+            while going and not self.closed:
                 with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(self._wake.wait(), pause)
+                    await asyncio.wait_for(self._wake.wait(), self._pause)
                 self._wake.clear()
                 try:
                     await self.send()
-                    if self._abandoned:
-                        return
-                    pause = self._linger
-                except RedisHacksError as error:
-                    pause = min(max(2 * pause, PAUSES[0]), max(PAUSES[1], self._linger))
-                    _log.warning("buffered hits could not be sent, will try again: %s", error)
+                    going = self._judge(None)
+                except Exception as error:
+                    going = self._judge(error)
         except asyncio.CancelledError:
-            with contextlib.suppress(RedisHacksError):
+            try:
                 await self.send()
+            except RedisHacksError as error:
+                _log.warning("buffered hits stay until the next loop, or exit: %s", error)
             raise
         finally:
             self.buffer.room = 0  # the next hit starts another
@@ -505,6 +546,7 @@ class AsyncCoalescer:
                 if time.monotonic() > end:
                     raise
                 await asyncio.sleep(PAUSES[0])
+        self._end()
 
     def close(self) -> None:
         """Send the rest at interpreter exit, on a loop of its own."""
@@ -514,15 +556,10 @@ class AsyncCoalescer:
     def abandon(self) -> None:
         """Stop after the next good send, without waiting for it: the counter is garbage."""
         self._abandoned = True
+        self._end()
         if self.loop is not None and not self.loop.is_closed():
             with contextlib.suppress(RuntimeError):
                 self.loop.call_soon_threadsafe(self._wake.set)
-
-
-def _blocks(overflow: str) -> bool:
-    if overflow not in ("raise", "block"):
-        raise UsageError(f"overflow must be 'raise' or 'block', not {overflow!r}")
-    return overflow == "block"
 
 
 def check_linger(linger: Any) -> float:
@@ -533,29 +570,37 @@ def check_linger(linger: Any) -> float:
     return value
 
 
-# The registry: who must send at exit and begin empty in a forked child.
+# The registry: who must send at exit and begin empty in a forked child. It holds them, since a
+# counter may be garbage before its last hits are sent.
 
-_live: weakref.WeakSet[Coalescer | AsyncCoalescer] = weakref.WeakSet()
+_live: set[_Sender] = set()
 
 
-def _register(coalescer: Coalescer | AsyncCoalescer) -> None:
+def _register(sender: _Sender) -> None:
     if not _live:
         atexit.unregister(_close_all)
         atexit.register(_close_all)
-    _live.add(coalescer)
+        if "multiprocessing.util" in sys.modules:
+            # Children of multiprocessing end by os._exit(), which skips atexit.
+            from multiprocessing.util import Finalize
+
+            Finalize(None, _close_all, exitpriority=10)
+    _live.add(sender)
 
 
 def _close_all() -> None:
-    for coalescer in list(_live):
+    for sender in list(_live):
         try:
-            coalescer.close()
+            sender.close()
         except Exception as error:
-            _log.error("hits were lost at exit, %d ids: %s", coalescer.buffer.held(), error)
+            _log.error("hits were lost at exit, %d ids: %s", sender.buffer.held(), error)
 
 
 def _after_fork() -> None:
-    for coalescer in list(_live):
-        coalescer.after_fork()
+    for sender in list(_live):
+        sender.after_fork()
+    # What the child counts registers anew, with its own way of ending.
+    _live.clear()
 
 
 os.register_at_fork(after_in_child=_after_fork)

@@ -15,9 +15,16 @@ from enum import StrEnum
 from typing import Any, NamedTuple
 
 from redishacks._command import Command
+from redishacks._drive import drive
 from redishacks.counters import FlushJob
 from redishacks.counters.commands import State
-from redishacks.errors import RedisHacksError, SchemaError, ServerError, UnavailableError
+from redishacks.errors import (
+    RedisHacksError,
+    SchemaError,
+    ServerError,
+    UnavailableError,
+    UsageError,
+)
 
 #: Seconds after which unflushed hits mean that nobody flushes; cron's pause is a minute.
 LATE = 600.0
@@ -61,6 +68,7 @@ def examine(job: FlushJob) -> list[Finding]:
     """
     findings = judge_client(retries_of(job.counter.client))
     try:
+        findings += judge_layout(job)
         states = _states(job)
         for facts in _servers(job, states):
             findings += judge_server(facts)
@@ -71,6 +79,33 @@ def examine(job: FlushJob) -> list[Finding]:
 
 
 # Looking
+
+
+def judge_layout(job: FlushJob) -> list[Finding]:
+    """See whether everybody means the same keys, and whether anybody has counted at all."""
+    try:
+        known = drive(job.layout.check(), job.counter.transport, job.counter.deadline)
+    except UsageError as error:
+        return [
+            Finding(
+                "layout",
+                Level.WRONG,
+                str(error),
+                "this job sees only a part of the counter, and its flushes are refused",
+                "say the same partitions and columns everywhere",
+            )
+        ]
+    if known:
+        return [Finding("layout", Level.FINE, "partitions and columns are those of its producers")]
+    return [
+        Finding(
+            "layout",
+            Level.WARNING,
+            f"nobody has counted in {job.layout.full_name} yet",
+            "a counter under a mistyped name looks idle",
+            "compare the name and the prefix with those of the producers",
+        )
+    ]
 
 
 def _states(job: FlushJob) -> list[State]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import os
+import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -88,6 +90,24 @@ def eventually(condition: Callable[[], Any], within: float = 10.0) -> Any:
         assert time.monotonic() < end, f"not within {within} s"
         time.sleep(0.005)
     return value
+
+
+def shown_on_a_terminal(command: Sequence[str], **options: Any) -> bytes:
+    """Run a command, which must succeed, and return what it writes on stderr, a terminal."""
+    ours, theirs = os.openpty()
+    try:
+        process = subprocess.Popen(command, stderr=theirs, **options)
+        os.close(theirs)
+        shown = b""
+        try:
+            while data := os.read(ours, 65536):
+                shown += data
+        except OSError:  # what reading a terminal gives when the other end is closed
+            pass
+        assert process.wait(60) == 0
+    finally:
+        os.close(ours)
+    return shown
 
 
 class MemorySink:

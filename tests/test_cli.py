@@ -29,7 +29,7 @@ from redishacks.doctor import Level, ServerFacts, judge_client, judge_server, re
 from redishacks.errors import SchemaError, ServerError, UnavailableError, UsageError
 from redishacks.sinks import SQLiteSink
 from redishacks.testing import FaultProxy, Server, redis_server, servers_available, valkey_server
-from tests.helpers import eventually
+from tests.helpers import eventually, shown_on_a_terminal
 
 pytestmark = pytest.mark.slow
 
@@ -148,7 +148,7 @@ def in_process(app: App, monkeypatch: pytest.MonkeyPatch, *args: str) -> Result:
     """Run a command that ends before it begins anything: no process of its own is needed."""
     monkeypatch.chdir(app.directory)
     monkeypatch.setattr(sys, "path", [*sys.path])
-    for module in ("myapp", "broken", "needy"):
+    for module in ("myapp", "broken", "needy", "refused"):
         monkeypatch.delitem(sys.modules, module, raising=False)
     return CliRunner().invoke(commands, args, env=app.environment())
 
@@ -191,11 +191,16 @@ def test_without_its_libraries(missing: str) -> None:
         (("myapp:nothing",), "is an empty list"),
         (("broken:jobs",), "broken.py, line 2: ValueError: no redis://:***@host/0"),
         (("needy:jobs",), "needy.py, line 1: ModuleNotFoundError: No module named 'nobody'"),
+        (("refused:jobs",), "refused.py, line 2: UsageError: "),
         (("myapp:jobs", "--table", "x"), "not both"),
         (("myapp:jobs", "--for", "5"), "--for needs --every"),
         (("myapp:jobs", "--once", "--every", "5"), "exclude each other"),
         (("myapp:jobs", "--dry-run", "--every", "5"), "--dry-run looks once"),
         (("myapp:jobs", "--every", "0"), "--every"),
+        (("myapp:jobs", "--every", "nan"), "'--every': nan is not a finite number of seconds"),
+        (("myapp:jobs", "--every", "5", "--for", "inf"), "'--for': inf is not a finite number"),
+        (("myapp:jobs", "--time-budget", "nan"), "'--time-budget': nan is not a finite number"),
+        (("myapp:jobs", "--time-budget", "inf"), "'--time-budget': inf is not a finite number"),
         (("myapp:jobs", "--time-budget", "soon"), "--time-budget"),
         (("myapp:jobs", "--chunk", "0"), "--chunk"),
         (("--redis", "redis://x", "--counter", "c"), "missing: --sql, --table, --key, --column"),
@@ -209,6 +214,9 @@ def test_usage_errors(
         'import os\nraise ValueError("no redis://:geheim@host/0")'
     )
     (app.directory / "needy.py").write_text("import nobody")
+    (app.directory / "refused.py").write_text(
+        "from redishacks.counters import BufferedCounter\nBufferedCounter('http://', 'hits')"
+    )
     done = in_process(app, monkeypatch, "flush", *args)
     assert done.exit_code == 2, done.stderr
     assert said in " ".join(done.stderr.split())
@@ -247,6 +255,9 @@ def test_flush_a_target(app: App) -> None:
     assert f"{app.prefix}:hits: 1 batch, 2 rows, amount 5 in " in done.stderr
     assert len(done.stderr.splitlines()) == 1
     assert app.rows() == {"/a": 2, "/b": 3}
+    app.counter().incr("/a")
+    assert ": 1 batch, 1 row, amount 1 in " in app.run("flush", "myapp:jobs").stderr
+    assert app.rows() == {"/a": 3, "/b": 3}
     assert app.run("flush", "myapp:jobs", "--once").stderr == ""
 
 
@@ -475,6 +486,10 @@ def test_what_the_database_lacks(app: App, prefix: str) -> None:
     lost = app.run("flush", "myapp:lost")
     assert lost.returncode == 78
     assert "nowhere" in lost.stderr
+    (app.directory / "app.db").write_text("no database at all " * 100)
+    junk = app.run("flush", "myapp:jobs")
+    assert junk.returncode == 78
+    assert "app.db is not a SQLite database" in junk.stderr
 
 
 def test_one_job_does_not_stop_the_others(app: App) -> None:
@@ -521,22 +536,10 @@ def test_a_job_that_does_not_fit_its_counter(app: App) -> None:
 def test_progress_on_a_terminal(app: App) -> None:
     """On a terminal figures run while it works, and one summary per job stays."""
     app.counter("many", partitions=4).incr_many({f"/{n}": 1 for n in range(100)})
-    ours, theirs = os.openpty()
-    try:
-        process = subprocess.Popen(
-            [*COMMAND, "flush", "myapp:slow"], cwd=app.directory, stderr=theirs,
-            env=app.environment(TERM="xterm", COLUMNS="120"),
-        )  # fmt: skip
-        os.close(theirs)
-        shown = b""
-        try:
-            while data := os.read(ours, 65536):
-                shown += data
-        except OSError:  # what reading a terminal gives when the other end is closed
-            pass
-        assert process.wait(60) == 0
-    finally:
-        os.close(ours)
+    shown = shown_on_a_terminal(
+        [*COMMAND, "flush", "myapp:slow"], cwd=app.directory,
+        env=app.environment(TERM="xterm", COLUMNS="120"),
+    )  # fmt: skip
     assert b"0 batches, 0 rows" in shown
     assert b"1 batch, " in shown
     assert shown.strip().splitlines()[-1].count(b"4 batches, 100 rows, amount 100 in") == 1
@@ -594,6 +597,53 @@ def test_dead_letters(app: App) -> None:
     assert objects(app.run("dead", "myapp:update", "--retry", "--json")) == [
         {"counter": f"{app.prefix}:hits", "applied": 0, "refused": 0}
     ]
+
+
+# Output that nobody takes
+
+
+@pytest.mark.parametrize("options", [("--json",), ()])
+def test_a_reader_that_goes_away(app: App, options: tuple[str, ...]) -> None:
+    """As with `dead | head -1`: a reader that has enough ends the command without a word."""
+    app.counter().incr_many({f"/{n:04}/{'x' * 100}": 1 for n in range(1000)})
+    app.run("flush", "myapp:update")  # a thousand dead letters, more than a pipe takes
+    process = app.start("dead", "myapp:update", "--limit", "3000", *options)
+    assert process.stdout is not None
+    assert process.stderr is not None
+    process.stdout.readline()
+    process.stdout.close()
+    with process.stderr:
+        assert process.stderr.read() == ""
+    assert process.wait(30) == 1
+
+
+@pytest.mark.parametrize("options", [("--json",), ()])
+def test_a_full_disk_under_the_output(app: App, options: tuple[str, ...]) -> None:
+    """Output that cannot be written is one line on stderr, and exit code 1."""
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run(
+            [*COMMAND, "status", "myapp:jobs", *options], cwd=app.directory,
+            env=app.environment(), stdout=full, stderr=subprocess.PIPE, text=True, timeout=60,
+        )  # fmt: skip
+    assert done.stderr == "redishacks: cannot write the output: No space left on device\n"
+    assert done.returncode == 1
+
+
+def test_a_broken_pipe_of_a_sink_is_its_own(app: App) -> None:
+    """A BrokenPipeError that a user's sink raises is shown whole, and the next job runs."""
+    app.counter("votes").incr("/v", 9)
+    (app.directory / "own.py").write_text(
+        "from myapp import *\n"
+        "class Own(SQLiteSink):\n"
+        "    def begin(self, columns):\n"
+        "        raise BrokenPipeError(32, 'mine')\n"
+        "sink = Own('app.db', table='pages', key='path', columns={'amount': 'hits'})\n"
+        "jobs = [FlushJob(hits, sink), votes]\n"
+    )
+    _, said = (process := app.start("flush", "own:jobs")).communicate(timeout=30)
+    assert process.returncode == 1
+    assert "BrokenPipeError: [Errno 32] mine" in said
+    assert app.rows("votes") == {"/v": 9}
 
 
 # doctor
@@ -731,7 +781,8 @@ def test_exit_codes_of_errors() -> None:
     """Every error has its exit code, and of several the one that needs a person counts."""
     assert exit_of(UnavailableError("x")) == 75
     assert exit_of(SchemaError("x")) == exit_of(ServerError("NOPERM this user")) == 78
-    assert exit_of(ServerError("ERR x")) == 1
+    # Refused credentials come as UnavailableError: another client may get in meanwhile.
+    assert exit_of(ServerError("NOAUTH x")) == exit_of(ServerError("ERR x")) == 1
     assert exit_of(UsageError("x")) == 2
     assert worst([]) is Exit.DONE
     assert worst([Exit.DONE, Exit.TRY_LATER]) is Exit.TRY_LATER

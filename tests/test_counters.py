@@ -10,8 +10,9 @@ import pytest
 import redis
 
 from redishacks.counters import BufferedCounter, FlushJob
-from redishacks.errors import PartlyAppliedError, ServerError, UsageError
+from redishacks.errors import PartlyAppliedError, ServerError, UnavailableError, UsageError
 from redishacks.sinks import SQLiteSink
+from redishacks.testing import valkey_server
 from tests.helpers import Colour
 
 NOW = dt.datetime(2026, 5, 17, 10, 5, 3, 123456, tzinfo=dt.UTC)
@@ -384,7 +385,7 @@ def test_no_key_of_a_count_expires(
     hits.incr("/a")
     hits.send()
     job = colour.job(hits, sink)
-    job.status()
+    assert job.value("/a") == 1
     ttls = {key: raw.ttl(key) for key in raw.keys(f"{prefix}:*")}
     assert len(ttls) == 5
     for key, ttl in ttls.items():
@@ -426,3 +427,84 @@ def test_a_stopped_run_leaves_the_rest_pending(
     while job.run().batches:
         pass
     assert job.status().pending_ids == 0
+
+
+def test_a_full_server_is_drained(colour: Colour, prefix: str, sink: SQLiteSink) -> None:
+    """With Redis at its memory limit hits are refused, and a flush, which frees memory, is not."""
+    with valkey_server(maxmemory_policy="noeviction") as server:
+        hits = colour.counter(colour.client(server.url), "hits", prefix=prefix)
+        job = colour.job(hits, sink)
+        hits.incr("/first")
+        job.run()
+        hits.incr_many({f"/{i}": 1 for i in range(1000)})
+        with server.client() as raw:
+            raw.config_set("maxmemory", 1)
+            with pytest.raises(UnavailableError, match="OOM"):
+                hits.incr("/refused")
+            assert job.value("/7") == 1
+            assert job.status().pending_ids == 1000
+            assert job.run().rows == 1000
+            raw.config_set("maxmemory", 0)
+        assert job.value("/refused") == 0
+
+
+def test_a_job_that_was_left_behind_by_rebind_stops(
+    colour: Colour, client: Any, prefix: str, sink: SQLiteSink, tmp_path: Any
+) -> None:
+    """After rebind() and a run elsewhere the old job flushes nothing any more."""
+    import sqlite3
+
+    db = sqlite3.connect(tmp_path / "test.db")
+    db.execute("CREATE TABLE others (path TEXT PRIMARY KEY, hits INTEGER)")
+    db.close()
+    other = SQLiteSink(tmp_path / "test.db", table="others", key="path", columns={"amount": "hits"})
+    hits = colour.counter(client, "hits", prefix=prefix)
+    old, new = colour.job(hits, sink), colour.job(hits, other)
+    hits.incr("/a")
+    old.run()
+    new.rebind()
+    new.run()
+    hits.incr("/a")
+    with pytest.raises(UsageError, match="destination"):
+        old.run()
+    assert new.run().rows == 1
+    assert rows(sink, tmp_path) == {"/a": 1}
+    other.close()
+
+
+def test_looking_leaves_no_trace(
+    colour: Colour, client: Any, prefix: str, sink: SQLiteSink, raw: redis.Redis
+) -> None:
+    """status(), pending() and top() of a name nobody counts under make no key, and say so."""
+    hits = colour.counter(client, "typo", prefix=prefix)
+    status = colour.job(hits, sink).status()
+    assert not status.known
+    assert (hits.pending("/a"), hits.top()) == (0, [])
+    assert raw.keys(f"{prefix}:*") == []
+    hits.incr("/a")
+    assert colour.job(hits, sink).status().known
+
+
+def test_looking_with_another_layout_is_refused(
+    colour: Colour, client: Any, prefix: str, sink: SQLiteSink
+) -> None:
+    """Nobody is shown a part of a counter as if it were all of it."""
+    colour.counter(client, "hits", prefix=prefix, partitions=4).incr("/a")
+    part = colour.counter(client, "hits", prefix=prefix)
+    for look in (lambda: part.pending("/a"), part.top, colour.job(part, sink).status):
+        with pytest.raises(UsageError, match="partitions = 4"):
+            look()
+
+
+@pytest.mark.parametrize("sink", [None, "postgresql://x", SQLiteSink])
+def test_a_job_needs_a_sink(valkey: Any, sink: Any) -> None:
+    """What is no sink is refused where it is given."""
+    with pytest.raises(UsageError, match="sink"):
+        FlushJob(BufferedCounter(valkey.url, "hits"), sink)
+
+
+@pytest.mark.parametrize("budget", [-1, "1", float("nan"), True])
+def test_a_time_budget_is_a_number(valkey: Any, sink: SQLiteSink, prefix: str, budget: Any) -> None:
+    """A budget that is none is refused before anything is claimed."""
+    with pytest.raises(UsageError, match="time_budget"):
+        FlushJob(BufferedCounter(valkey.url, "hits", prefix=prefix), sink).run(time_budget=budget)

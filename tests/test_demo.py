@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import json
 import os
@@ -23,12 +24,15 @@ from redishacks.cli import commands
 from redishacks.demo import table
 from redishacks.demo.traffic import Skipped, made_up, parse, read_log
 from redishacks.errors import UsageError
-from redishacks.testing import Postgres, Server
-from tests.helpers import eventually
+from redishacks.testing import Postgres, Server, postgres_server
+from tests.helpers import eventually, shown_on_a_terminal
 
 pytestmark = pytest.mark.slow
 
 LINE = '1.2.3.4 - - [17/May/2015:10:05:03 +0000] "{}" 200 17 "-" "agent"\n'
+
+
+DEMO = [sys.executable, "-m", "redishacks", "demo"]
 
 
 def log_of(*requests: str) -> str:
@@ -38,8 +42,7 @@ def log_of(*requests: str) -> str:
 
 def demo(*args: str, **options: Any) -> subprocess.CompletedProcess[str]:
     """Run the command to its end."""
-    command = [sys.executable, "-m", "redishacks", "demo", *args]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, **options)
+    return subprocess.run([*DEMO, *args], capture_output=True, text=True, timeout=120, **options)
 
 
 def outcome(*args: str, **options: Any) -> dict[str, Any]:
@@ -154,7 +157,7 @@ def test_a_log_with_junk_in_it(tmp_path: Path) -> None:
     assert "71 on 3 pages" in done.stdout
     assert "71 in 3 rows" in done.stdout
     assert done.stdout.index("40  /a?x=1") < done.stdout.index("30  /b")
-    assert "2 lines are left out:\n  line 71: no request in it\n" in done.stdout
+    assert "left out: 2 lines\n  line 71: no request in it\n" in done.stdout
     assert "  line 72: not in the combined log format\n" in done.stdout
     assert "\x1b" not in done.stdout + done.stderr
 
@@ -167,28 +170,22 @@ def test_the_smallest_logs(hits: int) -> None:
     assert found["hits_in_sql"] == found["rows_in_sql"] == hits
     assert found["killed"]["written"] < found["killed"]["chunks"]
     assert sum(report["recovered"] for report in found["flushes"]) == 1
+    if hits == 1:
+        said = demo("--log", "-", input=log)
+        for words in ("replaying 1 hit\n", "0 of the 1 chunk of", "wrote 1 hit to 1 row in "):
+            assert words in said.stderr
+        assert "1 on 1 page\n" in said.stdout
+        assert "1 in 1 row\n" in said.stdout
 
 
 def test_progress_on_a_terminal(tmp_path: Path) -> None:
     """On a terminal a bar shows how much was replayed, and is gone in the end."""
     log = tmp_path / "log"
     log.write_text(log_of("GET / HTTP/1.1") * 5)
-    ours, theirs = os.openpty()
-    try:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "redishacks", "demo", "--log", str(log)],
-            stdout=subprocess.DEVNULL, stderr=theirs, env={**os.environ, "TERM": "xterm"},
-        )  # fmt: skip
-        os.close(theirs)
-        shown = b""
-        try:
-            while data := os.read(ours, 65536):
-                shown += data
-        except OSError:  # what reading a terminal gives when the other end is closed
-            pass
-        assert process.wait(60) == 0
-    finally:
-        os.close(ours)
+    shown = shown_on_a_terminal(
+        [*DEMO, "--log", str(log)],
+        stdout=subprocess.DEVNULL, env={**os.environ, "TERM": "xterm"},
+    )  # fmt: skip
     assert b"replaying" in shown
     assert b"5/5" in shown
 
@@ -204,8 +201,8 @@ def test_a_wrong_count_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
         for one, handler in kept.items():
             signal.signal(one, handler)
     assert done.exit_code == 1
-    assert "do NOT agree: 30 hits were sent" in done.output
-    assert "1 pages differ: /page/1" in done.output
+    assert "do NOT agree: sent 30 hits, in SQL " in done.output
+    assert "; 0 dead letters; another count for 1 page: /page/1" in done.output
 
 
 @pytest.mark.parametrize(
@@ -275,6 +272,27 @@ def test_a_server_that_is_away(tmp_path: Path) -> None:
         assert done.returncode == 75, done.stderr
         assert "Traceback" not in done.stderr
         assert "geheim" not in done.stderr
+        assert "clean up" not in done.stderr
+        assert "removed" not in done.stderr
+        (told,) = (line for line in done.stderr.splitlines() if "127.0.0.1" in line)
+        assert told.startswith("redishacks: ")
+
+
+def test_a_database_that_goes_away(valkey: Server) -> None:
+    """What cannot be cleaned up any more is said in one line, the rest is cleaned up."""
+    with postgres_server() as postgres:
+        process = subprocess.Popen(
+            [*DEMO, "--redis", valkey.url, "--sql", postgres.tcp_dsn],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        assert process.stderr is not None
+        said = [process.stderr.readline(), process.stderr.readline()]
+        postgres.kill()
+        said += process.communicate(timeout=60)[1].splitlines()
+    assert process.returncode == 75, said
+    assert "removed" in said[-3]
+    assert said[-2].startswith("could not clean up: PostgreSQL: connection")
+    assert said[-1].startswith("redishacks: ")
 
 
 @pytest.mark.parametrize(
@@ -288,7 +306,7 @@ def test_a_server_that_is_away(tmp_path: Path) -> None:
 def test_interrupted(number: signal.Signals, code: int, wait: str, place: Path) -> None:
     """After Ctrl-C or SIGTERM, at any time, no server, flusher or file is left."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "redishacks", "demo"],
+        DEMO,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         env={**os.environ, "TMPDIR": str(place)},
     )  # fmt: skip
@@ -306,3 +324,29 @@ def test_interrupted(number: signal.Signals, code: int, wait: str, place: Path) 
     assert len(before) >= 3, said  # itself, the server and its watchdog
     assert eventually(lambda: not left_over(place))
     assert list(place.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("args", "busy"), [(("--postgres",), b"initdb"), ((), b"redishacks.demo.flusher")]
+)
+def test_ctrl_c_on_a_terminal(args: tuple[str, ...], busy: bytes, place: Path) -> None:
+    """A terminal's Ctrl-C reaches the whole group: what has just been started takes no notice."""
+    process = subprocess.Popen(
+        [*DEMO, *args], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env={**os.environ, "TMPDIR": str(place)}, start_new_session=True,
+    )  # fmt: skip
+
+    def works() -> bool:
+        for pid in left_over(place):
+            with contextlib.suppress(OSError):
+                if busy in Path(f"/proc/{pid}/cmdline").read_bytes():
+                    return True
+        return False
+
+    eventually(works, 30)
+    os.killpg(process.pid, signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130, said
+    assert "Traceback" not in said
+    assert "initdb" not in said
+    assert eventually(lambda: not left_over(place))

@@ -19,7 +19,7 @@ import pytest
 import redis
 
 from redishacks.counters import AsyncBufferedCounter, BufferedCounter
-from redishacks.errors import UnavailableError, UsageError
+from redishacks.errors import ServerError, UnavailableError, UsageError
 from redishacks.testing import FaultProxy, valkey_server
 from tests.helpers import Colour, eventually
 
@@ -478,3 +478,102 @@ def test_greenlets_count_and_send(valkey: Any, prefix: str) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert total(valkey.url, prefix) == 2000
+
+
+def test_a_callback_that_raises_stops_nobody(colour: Colour, valkey: Any, prefix: str) -> None:
+    """An error in `on_refused` is logged, and the sender goes on in either colour."""
+
+    def refuse(refused: Any) -> None:
+        raise RuntimeError("the callback's own")
+
+    hits = colour.counter(
+        colour.client(valkey.url), "hits", prefix=prefix, linger=0.02, on_refused=refuse
+    )
+    hits.incr("full", 2**53)
+    hits.send()
+    hits.incr("full", 1)
+    colour.sleep(0.2)
+    hits.incr("/a")
+    eventually(lambda: colour.after(0.02, hits.pending, "/a") == 1)
+    hits.close()
+
+
+def test_one_partition_that_refuses_does_not_hold_up_the_others(valkey: Any, prefix: str) -> None:
+    """With one partition out of order the hits of all others keep arriving."""
+    hits = BufferedCounter(valkey.url, "hits", prefix=prefix, partitions=4, linger=0.02)
+    with redis.Redis.from_url(valkey.url) as raw:
+        for i in range(40):
+            hits.incr(f"/{i}")
+        hits.send()
+        sick = f"{prefix}:c1:{{hits/0}}:p:amount"
+        raw.rename(sick, "aside")
+        raw.set(sick, "not a set")
+        for _ in range(3):
+            for i in range(40):
+                hits.incr(f"/{i}")
+            with pytest.raises(ServerError, match="WRONGTYPE"):
+                hits.send()
+        for p in (1, 2, 3):
+            key = f"{prefix}:c1:{{hits/{p}}}:p:amount"
+            pairs: Any = raw.zrange(key, 0, -1, withscores=True)
+            assert {score for _, score in pairs} == {4}
+        raw.rename("aside", sick)
+    hits.close()
+    assert sum(amount for _, amount in hits.top(100)) == 160
+
+
+@pytest.mark.parametrize("ending", ["run", "loop", "cancelled"])
+def test_hits_of_a_forgotten_async_counter_arrive(valkey: Any, prefix: str, ending: str) -> None:
+    """A local counter, a loop that ends at once, a sender that never got to run: all is sent."""
+    done = run(
+        """
+        import asyncio, sys
+        from redishacks.counters import AsyncBufferedCounter
+        async def main():
+            hits = AsyncBufferedCounter(sys.argv[1], "hits", prefix=sys.argv[2], linger=60)
+            await hits.incr("/a")
+            if sys.argv[3] == "cancelled":
+                for task in asyncio.all_tasks() - {asyncio.current_task()}:
+                    task.cancel()
+        if sys.argv[3] == "run":
+            asyncio.run(main())
+        else:
+            loop = asyncio.new_event_loop()
+            loop.run_until_complete(main())
+            loop.close()
+        """,
+        valkey.url,
+        prefix,
+        ending,
+    )
+    assert total(valkey.url, prefix) == 1, done.stderr
+
+
+def test_a_handler_that_closes_does_not_hang(valkey: Any, prefix: str) -> None:
+    """close() in a signal handler that interrupted a send comes back; nothing is lost."""
+    done = run(
+        """
+        import signal, sys, time
+        from redishacks.counters import BufferedCounter
+        from redishacks.errors import UnavailableError
+        hits = BufferedCounter(sys.argv[1], "hits", prefix=sys.argv[2], linger=60, deadline=0.2)
+        refused = 0
+        def handler(*_):
+            global refused
+            try:
+                hits.send()
+            except UnavailableError:
+                refused += 1
+        signal.signal(signal.SIGALRM, handler)
+        hits.incr("/a")
+        hits._coalescer._sending.acquire()
+        signal.setitimer(signal.ITIMER_REAL, 0.05)
+        time.sleep(0.2)
+        hits._coalescer._sending.release()
+        assert refused == 1
+        """,
+        valkey.url,
+        prefix,
+    )
+    assert done.returncode == 0, done.stderr
+    assert total(valkey.url, prefix) == 1

@@ -19,7 +19,7 @@ PACKAGE = Path(__file__).parents[1] / "redishacks"
 
 #: What each layer may not import: those above it, and its neighbours.
 LAYERS = [
-    {"errors", "_keys", "_units", "_slots"},
+    {"errors", "_keys", "_units", "_slots", "_words"},
     {"_command", "_sink"},
     {"_drive"},
     {"_transport"},

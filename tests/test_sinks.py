@@ -11,6 +11,7 @@ import inspect
 import multiprocessing
 import random
 import secrets
+import signal
 import sqlite3
 import subprocess
 import sys
@@ -1044,6 +1045,23 @@ def test_other_columns_need_defaults_for_an_upsert(world: World) -> None:
     assert sink.apply(world.chunk({b"/a": 1})).rows == 1
 
 
+def test_the_ddl_for_other_columns_is_sql(pg: World) -> None:
+    """What no DDL can mend is a comment in it; a table without our key is not looked through."""
+    pg.sql('CREATE TABLE pages (path text PRIMARY KEY, "ti\ntle" text NOT NULL)')
+    sink = pg.bare_sink()
+    with pytest.raises(SchemaError, match="NOT NULL without a default") as caught:
+        sink.begin(SUM)
+    assert '-- give column "ti tle" a default, or use mode="update"\n' in caught.value.ddl
+    pg.sql(caught.value.ddl)
+    with pytest.raises(SchemaError) as caught:
+        sink.begin(SUM)
+    assert "no " not in str(caught.value)  # all the rest is mended
+    pg.sql("ALTER TABLE pages RENAME path TO address")
+    with pytest.raises(SchemaError, match="no column path") as caught:
+        sink.begin(SUM)
+    assert "NOT NULL" not in str(caught.value)
+
+
 def test_missing_grants_are_named(flavour: str, pg_dsn: str, runner: asyncio.Runner) -> None:
     """begin() asks for exactly the grants that are missing, and the GRANTs in the error suffice."""
     pg = World("postgres" if flavour == "sync" else "async", pg_dsn, runner)
@@ -1634,12 +1652,38 @@ except sinks.UsageError as error:
 def test_a_mistyped_path_makes_no_file(tmp_path: Path) -> None:
     """Only create_ledger() makes a SQLite file; anything else says that there is none."""
     path = tmp_path / "typo.db"
-    with SQLiteSink(path, table="pages", key="path", columns={"amount": "hits"}) as sink:
-        with pytest.raises(SchemaError, match="no SQLite file"):
+    with SQLiteSink(path, **PAGES) as sink:
+        with pytest.raises(SchemaError, match="no SQLite file") as caught:
             sink.begin(SUM)
         assert not path.exists()
         sink.create_ledger()
         assert path.exists()
+    with contextlib.closing(sqlite3.connect(tmp_path / "other.db")) as db:
+        db.executescript(caught.value.ddl)
+    with SQLiteSink(tmp_path / "other.db", **PAGES) as sink:
+        sink.begin(SUM)
+
+
+def test_what_is_no_sqlite_database(tmp_path: Path) -> None:
+    """Junk, a directory and a path into nowhere are errors to mend, not to wait out."""
+    junk = tmp_path / "junk.db"
+    junk.write_text("no database at all " * 100)
+    for path, message in (
+        (junk, f"{junk} is not a SQLite database"),
+        (tmp_path, f"{tmp_path} is a directory"),
+        (tmp_path / "no" / "a.db", f"there is no directory {tmp_path / 'no'}"),
+    ):
+        with SQLiteSink(path, **PAGES) as sink, pytest.raises(SchemaError, match=message):
+            sink.create_ledger()
+    with (
+        SQLiteSink(junk, **PAGES) as sink,
+        pytest.raises(SchemaError, match="is not a SQLite database"),
+    ):
+        sink.begin(SUM)
+    with contextlib.closing(sqlite3.connect(junk)) as db:
+        sink = SQLiteSink(db, **PAGES)
+        with pytest.raises(SchemaError, match="the file is not a SQLite database"):
+            sink.begin(SUM)
 
 
 def test_a_sink_that_is_dropped_closes_without_a_warning(pg_dsn: str, tmp_path: Path) -> None:
@@ -1657,3 +1701,62 @@ def test_a_sink_that_is_dropped_closes_without_a_warning(pg_dsn: str, tmp_path: 
 
     asyncio.run(main())
     gc.collect()
+
+
+def chunk_of(id: bytes, amount: int, clock: Any, batch: str = "b1") -> Chunk:
+    """Return a chunk of one hit."""
+    digest = hashlib.blake2b(repr((id, amount)).encode(), digest_size=16).digest()
+    return Chunk("hits", batch, 0, ("amount",), (Rule.SUM,), [id], ([amount],), digest, clock)
+
+
+def test_a_trigger_that_ignores_a_row_leaves_nothing_behind(tmp_path: Path) -> None:
+    """What a trigger wrote before RAISE(IGNORE) goes with the row, at a retry too."""
+    path = tmp_path / "ignore.db"
+    with contextlib.closing(sqlite3.connect(path)) as db:
+        db.execute("CREATE TABLE pages (path TEXT PRIMARY KEY, hits INTEGER)")
+        db.execute("CREATE TABLE log (n INTEGER)")
+        db.execute(
+            "CREATE TRIGGER t BEFORE INSERT ON pages BEGIN "
+            "INSERT INTO log VALUES (1); SELECT RAISE(IGNORE); END"
+        )
+        db.commit()
+        sink = SQLiteSink(path, table="pages", key="path", columns={"amount": "hits"})
+        sink.create_ledger()
+        assert sink.apply(chunk_of(b"/a", 5, sink.begin(SUM))).dead == 1
+        assert sink.retry("hits", SUM) == Retried(0, 1)
+        assert db.execute("SELECT count(*) FROM log").fetchone() == (0,)
+        sink.close()
+
+
+# It may also land where Python can only report it: in a finalizer, or a callback of the collector.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_an_exception_of_a_signal_handler_breaks_no_sink(pg_dsn: str, tmp_path: Path) -> None:
+    """Interrupted at any point, again and again, a sink of our own goes on working."""
+    path = tmp_path / "interrupted.db"
+    with contextlib.closing(sqlite3.connect(path)) as file:
+        file.execute("CREATE TABLE pages (path TEXT PRIMARY KEY, hits INTEGER)")
+    with psycopg.connect(pg_dsn) as db:
+        db.execute("CREATE TABLE pages (path text PRIMARY KEY, hits bigint)")
+
+    def interrupt(*_: object) -> None:
+        raise InterruptedError("by a handler")
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        for kind, target in ((PostgresSink, pg_dsn), (SQLiteSink, str(path))):
+            sink: Any = kind(target, table="pages", key="path", columns={"amount": "hits"})
+            sink.create_ledger()
+            pause = random.Random(1)
+            for n in range(60):
+                signal.setitimer(signal.ITIMER_REAL, pause.uniform(0.0001, 0.004))
+                with contextlib.suppress(InterruptedError, UnavailableError, ServerError):
+                    clock = sink.begin(SUM)
+                    sink.apply(chunk_of(b"/a", 1, clock, batch=f"b{n}"))
+                    time.sleep(0.01)
+                signal.setitimer(signal.ITIMER_REAL, 0)
+            clock = sink.begin(SUM)
+            assert sink.apply(chunk_of(b"/b", 7, clock, batch="last")).status == Status.APPLIED
+            sink.close()
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)

@@ -161,10 +161,12 @@ def test_a_move_under_load_loses_and_doubles_nothing(
     done = threading.Event()
 
     def move() -> None:
-        home = cluster.nodes.index(cluster.node_of(slot))
-        for step in (1, 2, 0):
-            cluster.move_slot(slot, (home + step) % 3)
-        done.set()
+        try:
+            home = cluster.nodes.index(cluster.node_of(slot))
+            for step in (1, 2, 0):
+                cluster.move_slot(slot, (home + step) % 3)
+        finally:
+            done.set()
 
     thread = threading.Thread(target=move)
     thread.start()

@@ -255,6 +255,14 @@ class Talk(Generic[T]):
         self._last[index] = text
         if code == "NOSCRIPT" and command.script is not None and index not in self._whole:
             self._whole.add(index)
+        elif code in REDIRECTED and self._slots is None:
+            where = self._where(index, node)
+            self._settle(
+                index,
+                UsageError(
+                    f"{where} is a node of a cluster: pass a redis.RedisCluster of its nodes"
+                ),
+            )
         elif code in REDIRECTED and self._slots is not None:
             self._again(code)
             slot, _, place = rest.partition(" ")

@@ -162,10 +162,6 @@ class Link:
         os.dup2(nothing, self._sock.fileno(), inheritable=False)
         os.close(nothing)
 
-    def __del__(self) -> None:
-        # A transport that nobody holds any more takes its connections along, without a warning.
-        self._sock.close()
-
     def _send_rest(self, data: memoryview, end: float, written: bool) -> None:
         while data:
             try:

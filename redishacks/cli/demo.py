@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.text import Text
 
+from redishacks._words import many
 from redishacks.cli import show
 from redishacks.cli.ending import EXIT_CODES, Exit, masked
 from redishacks.demo.replay import Audience, Options, Outcome, play
@@ -123,7 +124,7 @@ class _Bar(_Lines):
 def _audience(total: int, ended: _Ended) -> Iterator[Audience]:
     console = show.console(err=True)
     if not console.is_terminal:
-        console.print(f"replaying {total:,} hits")
+        console.print(f"replaying {many(total, 'hit')}")
         yield _Lines(console, ended)
         return
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
@@ -145,8 +146,8 @@ def _as_json(outcome: Outcome, traffic: Traffic) -> dict[str, Any]:
 def _print(outcome: Outcome, traffic: Traffic, out: Console) -> None:
     show.facts("Ten most seen pages", [(f"{n:,}", show.printable(p)) for p, n in outcome.top], out)
     rows = [
-        ("hits sent", f"{outcome.hits_sent:,} on {outcome.pages_sent:,} pages"),
-        ("hits in SQL", f"{outcome.hits_in_sql:,} in {outcome.rows_in_sql:,} rows"),
+        ("hits sent", f"{outcome.hits_sent:,} on {many(outcome.pages_sent, 'page')}"),
+        ("hits in SQL", f"{outcome.hits_in_sql:,} in {many(outcome.rows_in_sql, 'row')}"),
         ("hits per second", f"{outcome.hits_per_second:,.0f}"),
         ("commands per hit", _cost(outcome)),
     ]
@@ -156,8 +157,7 @@ def _print(outcome: Outcome, traffic: Traffic, out: Console) -> None:
     else:
         out.print(Text(_wrong(outcome), style="bold red"))
     if traffic.skipped:
-        lines = "1 line is" if traffic.skipped == 1 else f"{traffic.skipped:,} lines are"
-        out.print(f"{lines} left out:")
+        out.print(f"left out: {many(traffic.skipped, 'line')}")
         for line in traffic.first_skipped:
             out.print(f"  line {line.line:,}: {line.reason}")
         if traffic.skipped > len(traffic.first_skipped):
@@ -176,7 +176,7 @@ def _cost(outcome: Outcome) -> str:
 def _wrong(outcome: Outcome) -> str:
     pages = ", ".join(show.printable(page) for page in outcome.wrong_pages[:5])
     return (
-        f"Redis and SQL do NOT agree: {outcome.hits_sent:,} hits were sent, "
-        f"{outcome.hits_in_sql:,} are in SQL; {outcome.dead:,} dead letters; "
-        f"{len(outcome.wrong_pages):,} pages differ: {pages}"
+        f"Redis and SQL do NOT agree: sent {many(outcome.hits_sent, 'hit')}, "
+        f"in SQL {outcome.hits_in_sql:,}; {many(outcome.dead, 'dead letter')}; "
+        f"another count for {many(len(outcome.wrong_pages), 'page')}: {pages}"
     )

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import enum
+import os
 import re
+import sys
 import traceback
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -39,15 +42,13 @@ Exit codes:
   0    done
   1    something is wrong, and the output says what
   2    usage: an option, the TARGET, or a job that does not fit its counter
-  75   try later: Redis or the database is away; nothing is lost
+  75   try later: Redis or the database is away, or refuses our credentials; nothing is lost
   78   the database lacks a table, a column or a grant; the message shows the DDL
   130  interrupted by Ctrl-C; 143 by SIGTERM (demo; a flush finishes its batch and is done)
 With several jobs the worst of these counts: 2, 78, 1, 75, 0.
 """
 
 _BY_WEIGHT = [Exit.DONE, Exit.TRY_LATER, Exit.WRONG, Exit.CONFIGURATION, Exit.USAGE]
-
-_FORBIDDEN = {"NOPERM", "NOAUTH", "WRONGPASS"}
 
 _PASSWORD = re.compile(r"(://[^/\s:@]*:)[^\s@]*@|(password=)('[^']*'|[^\s&]*)", re.IGNORECASE)
 
@@ -60,7 +61,7 @@ def masked(text: str) -> str:
 def exit_of(error: RedisHacksError) -> Exit:
     """Return the exit code that an error means."""
     if isinstance(error, SchemaError) or (
-        isinstance(error, ServerError) and error.code in _FORBIDDEN
+        isinstance(error, ServerError) and error.code == "NOPERM"
     ):
         return Exit.CONFIGURATION
     if isinstance(error, UnavailableError | MaybeAppliedError):
@@ -101,6 +102,8 @@ def for_each(jobs: Sequence[FlushJob], action: Callable[[FlushJob], Exit], as_js
             if as_json:
                 reason = {"counter": name, "error": one_line(error), "exit_code": exits[-1]}
                 show.print_json(reason)
+        except show.OutputError:
+            raise  # nobody reads, or the disk is full: the next job could not be shown either
         except Exception:  # of a sink or a callback of the user's own
             click.echo(masked(traceback.format_exc()), err=True)
             exits.append(Exit.WRONG)
@@ -110,6 +113,19 @@ def for_each(jobs: Sequence[FlushJob], action: Callable[[FlushJob], Exit], as_js
 class Commands(click.Group):
     """The group of all commands, which ends each of them by the same rules."""
 
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the command line; when the output cannot be written, that is a line on stderr.
+
+        A reader that has gone, as `head` does, is no error to tell: click ends quietly then.
+        """
+        try:
+            return super().main(*args, **kwargs)
+        except show.OutputError as error:
+            with contextlib.suppress(OSError):
+                click.echo(f"redishacks: cannot write the output: {error.strerror}", err=True)
+            _forget_output()
+            sys.exit(Exit.WRONG)
+
     def invoke(self, ctx: click.Context) -> Any:
         """Run a command."""
         try:
@@ -118,3 +134,10 @@ class Commands(click.Group):
             ctx.exit(tell(error))
         except KeyboardInterrupt:
             ctx.exit(Exit.INTERRUPTED)
+
+
+def _forget_output() -> None:
+    """Let what is still buffered go nowhere: Python would fail on it again when it exits."""
+    with open(os.devnull, "wb") as nowhere:
+        for stream in (sys.stdout, sys.stderr):
+            os.dup2(nowhere.fileno(), stream.fileno())

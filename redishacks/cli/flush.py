@@ -14,6 +14,7 @@ import click
 from rich.live import Live
 from rich.text import Text
 
+from redishacks._words import many
 from redishacks.cli import show
 from redishacks.cli.ending import EXIT_CODES, Exit, for_each
 from redishacks.cli.target import with_jobs
@@ -23,25 +24,40 @@ from redishacks.counters import FlushJob, FlushReport
 _HOTTEST = 10
 
 
+class _Seconds(click.FloatRange):
+    """Seconds, over zero; float() also reads nan and inf, which are no time to wait."""
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> float:
+        seconds: float = super().convert(value, param, ctx)
+        if not math.isfinite(seconds):
+            self.fail(f"{seconds} is not a finite number of seconds.", param, ctx)
+        return seconds
+
+
+_SECONDS = _Seconds(min=0, min_open=True)
+
+
 @click.command(epilog=EXIT_CODES)
 @with_jobs
 @click.option("--once", is_flag=True, help="Run once: the default.")
 @click.option(
     "--every",
-    type=click.FloatRange(min=0, min_open=True),
+    type=_SECONDS,
     metavar="SECONDS",
     help="Run again and again; a run that takes longer skips what it overran.",
 )
 @click.option(
     "--for",
     "duration",
-    type=click.FloatRange(min=0, min_open=True),
+    type=_SECONDS,
     metavar="SECONDS",
     help="With --every: begin no run after so long; without it, until SIGTERM.",
 )
 @click.option(
     "--time-budget",
-    type=click.FloatRange(min=0, min_open=True),
+    type=_SECONDS,
     metavar="SECONDS",
     help="Begin no batch after so long; each run has its own budget.",
 )
@@ -211,16 +227,16 @@ def _since(before: FlushReport, report: FlushReport) -> FlushReport:
 def _told(report: FlushReport) -> str:
     """Return a report as words; what is rare is said only when it happened."""
     words = [
-        f"{report.batches:,} batch{'' if report.batches == 1 else 'es'}",
-        f"{report.rows:,} rows",
+        many(report.batches, "batch", "batches"),
+        many(report.rows, "row"),
         f"amount {report.amount:,}",
     ]
     if report.recovered:
         words.append(f"{report.recovered:,} recovered")
     if report.duplicates_skipped:
-        words.append(f"{report.duplicates_skipped:,} chunks had been written before")
+        words.append(f"{many(report.duplicates_skipped, 'chunk')} had been written before")
     if report.dead:
-        words.append(f"{report.dead:,} dead letters (see `redishacks dead`)")
+        words.append(f"{many(report.dead, 'dead letter')} (see `redishacks dead`)")
     return f"{', '.join(words)} in {report.seconds:.2f} s"
 
 
@@ -252,12 +268,12 @@ def _dry_run(jobs: Sequence[FlushJob], as_json: bool) -> Exit:
             return Exit.DONE
         rows = [
             ("goes to", job.sink.destination()),
-            ("pending", f"{status.pending_ids:,} ids"),
+            ("pending", many(status.pending_ids, "id")),
             *((f"sum of {name}", f"{total:,}") for name, total in status.pending_amount.items()),
             *(
                 (f"batch {batch.id[:8]}",
-                 f"{batch.ids:,} ids, claimed {show.ago(batch.age)}, "
-                 f"{len(written[batch.id]):,} of {batch.chunks:,} chunks written")
+                 f"{many(batch.ids, 'id')}, claimed {show.ago(batch.age)}, "
+                 f"{len(written[batch.id]):,} of {many(batch.chunks, 'chunk')} written")
                 for batch in status.batches
             ),
             *(("hottest", f"{amount:,}  {show.printable(id)}") for id, amount in hottest),

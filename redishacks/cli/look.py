@@ -7,6 +7,7 @@ from rich.table import Table
 from rich.text import Text
 
 from redishacks import _keys
+from redishacks._words import many
 from redishacks.cli import show
 from redishacks.cli.ending import EXIT_CODES, Exit, for_each, masked
 from redishacks.cli.target import with_jobs
@@ -44,12 +45,12 @@ def status(ctx: click.Context, jobs: list[FlushJob], as_json: bool) -> None:
 
 def _status_rows(found: CounterStatus) -> list[tuple[str, str]]:
     return [
-        ("pending", f"{found.pending_ids:,} ids"),
+        ("pending", many(found.pending_ids, "id")),
         *((f"sum of {name}", f"{total:,}") for name, total in found.pending_amount.items()),
         ("oldest", show.ago(found.oldest, "nothing waits")),
-        ("in flight", f"{len(found.batches)} batches" if found.batches else "none"),
+        ("in flight", many(len(found.batches), "batch", "batches") if found.batches else "none"),
         *(
-            (f"batch {batch.id[:8]}", f"{batch.ids:,} ids, claimed {show.ago(batch.age)}")
+            (f"batch {batch.id[:8]}", f"{many(batch.ids, 'id')}, claimed {show.ago(batch.age)}")
             for batch in found.batches
         ),
         ("last flush", show.ago(found.last_flush)),
@@ -151,7 +152,7 @@ def dead(ctx: click.Context, jobs: list[FlushJob], retry: bool, limit: int, as_j
             )  # fmt: skip
             table.add_row(*(Text(cell, overflow="fold") for cell in cells))
         total = job.sink.dead_count(name)
-        out.print(Text(f"{name}: {total:,} dead letters", style="bold"))
+        out.print(Text(f"{name}: {many(total, 'dead letter')}", style="bold"))
         if letters:
             out.print(table)
         if total > len(letters):

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import click
@@ -14,10 +15,29 @@ from rich.text import Text
 from redishacks import _keys
 
 
+class OutputError(OSError):
+    """The output takes no more: nobody reads it, or the disk is full."""
+
+
+@contextlib.contextmanager
+def _writing() -> Iterator[None]:
+    """Tell errors of our own output from those of a user's sink."""
+    try:
+        yield
+    except OSError as error:
+        raise OutputError(error.errno, error.strerror) from error
+
+
+class _Console(Console):
+    def print(self, *objects: Any, **options: Any) -> None:
+        with _writing():
+            super().print(*objects, **options)
+
+
 def console(*, err: bool = False) -> Console:
     """Return a console; into a file or a pipe lines are never broken."""
-    made = Console(stderr=err, highlight=False)
-    return made if made.is_terminal else Console(stderr=err, highlight=False, width=10_000)
+    made = _Console(stderr=err, highlight=False)
+    return made if made.is_terminal else _Console(stderr=err, highlight=False, width=10_000)
 
 
 def printable(id: str | bytes) -> str:
@@ -34,7 +54,8 @@ def json_id(raw: bytes) -> dict[str, str]:
 
 def print_json(value: Any) -> None:
     """Print one JSON object as one line."""
-    click.echo(json.dumps(value, ensure_ascii=False, default=str))
+    with _writing():
+        click.echo(json.dumps(value, ensure_ascii=False, default=str))
 
 
 def small(number: float) -> str:

@@ -9,6 +9,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import click
@@ -20,13 +21,15 @@ from redishacks.sinks import from_url
 
 _HELP = """\
 TARGET is module:attribute, a FlushJob or a list of them, importable from here. Instead of it the
-flags --redis, --counter, --sql, --table, --key and --column describe one job.
+flags --redis, --counter, --sql, --table, --key and --column describe one job; a URL is one server;
+for a cluster use a TARGET.
 """
 
 _FLAGS = [
     click.option(
         "--redis", "redis_url", metavar="URL", envvar="REDISHACKS_REDIS_URL", show_envvar=True,
-        help="Redis, as redis://, rediss:// or unix://.",
+        help="Redis, as redis://, rediss:// or unix://; a URL is one server; for a cluster use a "
+        "TARGET.",
     ),
     click.option("--counter", metavar="NAME", help="Name of the counter, with one sum."),
     click.option(
@@ -132,8 +135,17 @@ def _imported(name: str) -> Any:
     except Exception as error:
         if isinstance(error, ModuleNotFoundError) and f"{name}.".startswith(f"{error.name}."):
             raise UsageError(f"TARGET: there is no module {error.name} here") from None
-        last = traceback.extract_tb(error.__traceback__)[-1]
+        at = _blamed(error)
         raise UsageError(
-            f"TARGET: importing {name} failed in {last.filename}, line {last.lineno}: "
+            f"TARGET: importing {name} failed in {at.filename}, line {at.lineno}: "
             f"{type(error).__name__}: {one_line(error)}"
         ) from error
+
+
+def _blamed(error: Exception) -> traceback.FrameSummary:
+    """Return the last line that is not ours: we refuse what is wrong in the one that called us."""
+    ours = Path(__file__).resolve().parents[1]
+    frames = traceback.extract_tb(error.__traceback__)
+    return next(
+        frame for frame in reversed(frames) if ours not in Path(frame.filename).resolve().parents
+    )

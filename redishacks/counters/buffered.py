@@ -8,7 +8,7 @@ from types import TracebackType
 from typing import Any, Literal, Self
 
 from redishacks import _keys
-from redishacks._command import Command, Outcome, Steps, ask_all
+from redishacks._command import Command, Outcome, Steps, ask, ask_all
 from redishacks._drive import drive, drive_async
 from redishacks._linger import AsyncCoalescer, Buffer, Coalescer, Items, Refused, check_linger
 from redishacks._sink import Rule
@@ -52,7 +52,9 @@ class _Counter:
         self.deadline = seconds(deadline, "deadline")
         self._plain = self.layout.columns.rules[self.layout.columns.names[0]] is Rule.SUM
         self._once = self.layout.hit(1)
+        #: Everybody means the same keys: we have said so, or at least looked.
         self._defined = False
+        self._checked = False
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.layout.full_name}>"
@@ -128,11 +130,23 @@ class _Counter:
             f"{len(items) - len(failed)} of {len(items)} ids were added; {errors[0]}", failed
         )
 
+    def _check(self) -> Steps[None]:
+        if not self._defined and not self._checked:
+            yield from self.layout.check()
+            self._checked = True
+
+    def _pending(self, id: Id, column: str | None) -> Steps[int]:
+        command = self.layout.pending(_keys.id_bytes(id), column)
+        yield from self._check()
+        return (yield from ask(command)) or 0
+
     def _top(self, count: int, column: str | None) -> Steps[list[tuple[str | bytes, int]]]:
         if isinstance(count, bool) or not isinstance(count, int) or count < 1:
             raise UsageError(f"top() takes a positive number of ids, not {count!r}")
+        commands = self.layout.top(count, column)
+        yield from self._check()
         found: list[tuple[bytes, int]] = []
-        for outcome in (yield from ask_all(self.layout.top(count, column))):
+        for outcome in (yield from ask_all(commands)):
             found += [(i, a) for i, a in zip(*outcome.result(), strict=True) if a is not None]
         found.sort(key=lambda item: (-item[1], item[0]))
         return [(_keys.id_shown(raw), amount) for raw, amount in found[:count]]
@@ -258,11 +272,10 @@ class BufferedCounter(_Counter):
     def pending(self, id: Id, column: str | None = None) -> int:
         """Return what is pending of an id: counted in Redis, not yet claimed by a flush.
 
-        0 when nothing is. One round trip. `FlushJob.value` is what SQL will show in the end.
+        0 when nothing is. One round trip, and one to see the layout the first time.
+        `FlushJob.value` is what SQL will show in the end.
         """
-        return (
-            self.transport.call(self.layout.pending(_keys.id_bytes(id), column), self.deadline) or 0
-        )
+        return drive(self._pending(id, column), self.transport, self.deadline)
 
     def top(self, count: int = 10, column: str | None = None) -> list[tuple[str | bytes, int]]:
         """Return the ids with the largest pending amounts, hottest first. One round trip."""
@@ -355,12 +368,7 @@ class AsyncBufferedCounter(_Counter):
 
     async def pending(self, id: Id, column: str | None = None) -> int:
         """Return what is pending of an id, as `BufferedCounter.pending`."""
-        return (
-            await self.transport.call(
-                self.layout.pending(_keys.id_bytes(id), column), self.deadline
-            )
-            or 0
-        )
+        return await drive_async(self._pending(id, column), self.transport, self.deadline)
 
     async def top(
         self, count: int = 10, column: str | None = None

@@ -204,24 +204,16 @@ class Layout:
 
         One command per partition; a disagreement raises `UsageError` and changes nothing.
         """
-        fields = ["partitions", str(self.partitions), "index", self.columns.names[0]]
-        for name, rule in self.columns.rules.items():
-            fields += [f"column {name}", rule.value]
-        if destination is not None:
-            fields += ["destination", destination]
-        given = dict(zip(fields[::2], fields[1::2], strict=True))
+        given = self._given(destination)
+        args = [text for field in given.items() for text in field]
 
         def parse(reply: list[bytes]) -> None:
             if reply:
-                field, stored = (part.decode() for part in reply)
-                raise UsageError(
-                    f"counter {self.full_name} is in use with {field} = {stored}, "
-                    f"and this one says {given[field]}"
-                )
+                raise self._disagreement(given, reply[0].decode(), reply[1].decode())
 
         first, *others = [
             Command(
-                tuple(fields),
+                tuple(args),
                 (self._key(p, "meta"),),
                 parse,
                 script("counter_define"),
@@ -235,12 +227,41 @@ class Layout:
             for outcome in (yield from ask_all(others)):
                 outcome.result()
 
-    def forget_destination(self) -> list[Command[None]]:
-        """Let the next flush decide anew where the counter goes."""
-        keys = [self._key(p, "meta") for p in range(self.partitions)]
+    def check(self) -> Steps[bool]:
+        """Return whether anybody has counted here; `UsageError` if it was laid out otherwise.
+
+        Changes nothing; one command.
+        """
+        given = self._given()
+        key = self._key(0, "meta")
+        stored = yield from ask(Command(("HMGET", key, *given), (key,), _texts, repeatable=True))
+        for field, value in zip(given, stored, strict=True):
+            if value not in (None, given[field]):
+                raise self._disagreement(given, field, value)
+        return stored[0] is not None
+
+    def _given(self, destination: str | None = None) -> dict[str, str]:
+        fields = {"partitions": str(self.partitions), "index": self.columns.names[0]}
+        fields |= {f"column {name}": rule.value for name, rule in self.columns.rules.items()}
+        return fields if destination is None else {**fields, "destination": destination}
+
+    def _disagreement(self, given: Mapping[str, str], field: str, stored: str) -> UsageError:
+        return UsageError(
+            f"counter {self.full_name} is in use with {field} = {stored}, "
+            f"and this one says {given[field]}"
+        )
+
+    def forget_destination(self) -> list[Command[int]]:
+        """Let the next flush decide anew where the counter goes; 0: batches are in flight."""
         return [
-            Command(("HDEL", key, "destination"), (key,), lambda _: None, repeatable=True)
-            for key in keys
+            Command(
+                (),
+                (self._key(p, "meta"), self._key(p, "batches")),
+                int,
+                script("counter_forget"),
+                repeatable=True,
+            )
+            for p in range(self.partitions)
         ]
 
     def add_one(self, raw: bytes, amounts: Sequence[int | None]) -> Command[None]:
@@ -319,11 +340,11 @@ class Layout:
         )
 
     def states(self) -> list[Command[State]]:
-        """Look at every partition."""
-        return [self.state(p) for p in range(self.partitions)]
+        """Look at every partition; changes nothing."""
+        return [self.state(p, naming=False) for p in range(self.partitions)]
 
-    def state(self, p: int) -> Command[State]:
-        """Look at one partition."""
+    def state(self, p: int, *, naming: bool = True) -> Command[State]:
+        """Look at one partition, and see that its next batch has a name unless `naming=False`."""
         keys = (
             self._key(p, "meta"),
             self._since[p],
@@ -345,9 +366,11 @@ class Layout:
                 {b.decode(): int(c) for b, c in zip(batches[::2], batches[1::2], strict=True)},
             )
 
-        return Command((new_id(),), keys, parse, script("counter_state"), repeatable=True)
+        return Command(
+            (new_id() if naming else "",), keys, parse, script("counter_state"), repeatable=True
+        )
 
-    def claim(self, p: int, expected: str, chunk: int) -> Command[int]:
+    def claim(self, p: int, expected: str, chunk: int, destination: str) -> Command[int]:
         """Claim what is pending in a partition as batch `expected`; -1: look again."""
         names = self.columns.names
         batch, *claimed = self._batch_keys(p, expected, names)
@@ -367,11 +390,15 @@ class Layout:
                     f"counter {self.full_name} has a column {reply.decode()!r} that this job does "
                     f"not know; it knows {', '.join(names)}"
                 )
+            if reply == -2:
+                raise UsageError(
+                    f"counter {self.full_name} does not flush to {destination} any more"
+                )
             return reply
 
         # Guarded by `expected`: said again, it finds another next and changes nothing.
         return Command(
-            (expected, new_id(), str(chunk), *names),
+            (expected, new_id(), str(chunk), destination, *names),
             keys,
             parse,
             script("counter_claim"),
@@ -422,7 +449,7 @@ class Layout:
         """
         key = self._key(batch.partition, "b", batch.id)
         return [
-            Command(("HSET", key, "confirmed", "1"), (key,), int, repeatable=True, bulk=True),
+            Command((), (key,), int, script("counter_confirm"), repeatable=True, bulk=True),
             Command(("WAIT", "1", str(milliseconds)), (key,), int, repeatable=True, bulk=True),
         ]
 
@@ -468,6 +495,10 @@ def _light(part: list[Item]) -> list[list[Item]]:
         return [part]
     half = len(part) // 2
     return _light(part[:half]) + _light(part[half:])
+
+
+def _texts(reply: list[bytes | None]) -> list[str | None]:
+    return [None if text is None else text.decode() for text in reply]
 
 
 def _amount(score: bytes | float | None) -> int | None:

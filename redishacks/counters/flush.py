@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import logging
+import math
 import random
 import time
 from collections.abc import Callable, Mapping
@@ -83,6 +84,8 @@ class CounterStatus(NamedTuple):
     #: Since a batch was last acknowledged; None: never.
     last_flush: float | None
     dead: int
+    #: Somebody has counted here; else the name may be mistyped.
+    known: bool
 
 
 class _Progress:
@@ -152,9 +155,16 @@ class _Job:
 
     def flush_steps(self, time_budget: float | None = None) -> Steps[FlushReport]:
         """One run, as steps for a driver: any of them may be the last, or happen twice."""
+        if time_budget is not None and (
+            isinstance(time_budget, bool)
+            or not isinstance(time_budget, int | float)
+            or not 0 <= time_budget < math.inf
+        ):
+            raise UsageError(f"time_budget is a number of seconds from 0, not {time_budget!r}")
         progress = self._progress = _Progress()
         # Nothing is claimed before SQL has answered.
         clock = yield from call(self.sink.begin, self.layout.columns.rules)
+        self._bound = False  # somebody may have bound the counter anew since the last run
         yield from self._bind()
         for state in (yield from self._states()):
             for batch in state.batches:
@@ -187,11 +197,12 @@ class _Job:
 
     def _claim(self, p: int) -> Steps[str | None]:
         """Claim a partition; None when nothing was pending or others were quicker each time."""
+        destination = self.sink.destination()
         for _ in range(10):
             state = yield from ask(self.layout.state(p))
             if not state.pending_ids:
                 return None
-            size = yield from ask(self.layout.claim(p, state.next, self.chunk))
+            size = yield from ask(self.layout.claim(p, state.next, self.chunk, destination))
             if size >= 0:
                 return state.next if size else None
         return None
@@ -366,6 +377,7 @@ class _Job:
         return list(values.values())[at] or 0
 
     def _status(self) -> Steps[CounterStatus]:
+        known = yield from self.layout.check()
         states = yield from self._states()
         sums = {n: 0 for n, rule in self.layout.columns.rules.items() if rule is Rule.SUM}
         batches = []
@@ -396,22 +408,29 @@ class _Job:
             batches,
             (now - max(flushed)) / 1e6 if flushed else None,
             dead,
+            known,
         )
 
     def _rebind(self) -> Steps[None]:
-        if any(state.batches for state in (yield from self._states())):
+        outcomes = yield from ask_all(self.layout.forget_destination())
+        if not all(outcome.result() for outcome in outcomes):
             raise UsageError(
                 f"counter {self.layout.full_name} has batches in flight: flush them to the old "
                 "destination first, whose ledger knows what of them it has"
             )
-        for outcome in (yield from ask_all(self.layout.forget_destination())):
-            outcome.result()
         self._bound = False
 
 
 def _digest(ids: list[bytes], values: list[list[int | None]]) -> bytes:
     """Tell chunks of different content apart. Its form is fixed: old ledger rows are compared."""
     return hashlib.blake2b(repr((ids, values)).encode(), digest_size=16).digest()
+
+
+def _apply_of(sink: object) -> Any:
+    """Return a sink's method, or raise `UsageError` for what is none."""
+    if isinstance(sink, type) or not callable(getattr(sink, "apply", None)):
+        raise UsageError(f"a job writes to a sink such as PostgresSink(...), not to {sink!r}")
+    return sink.apply  # type: ignore[attr-defined]
 
 
 class FlushJob(_Job):
@@ -443,7 +462,7 @@ class FlushJob(_Job):
     ) -> None:
         if not isinstance(counter, BufferedCounter):
             raise UsageError(f"FlushJob takes a BufferedCounter, not {type(counter).__name__}")
-        if inspect.iscoroutinefunction(getattr(sink, "apply", None)):
+        if inspect.iscoroutinefunction(_apply_of(sink)):
             raise UsageError(f"{type(sink).__name__} is for AsyncFlushJob")
         super().__init__(counter.layout, counter.deadline, sink, chunk, on_batch)
         self.counter = counter
@@ -503,6 +522,7 @@ class AsyncFlushJob(_Job):
             raise UsageError(
                 f"AsyncFlushJob takes an AsyncBufferedCounter, not {type(counter).__name__}"
             )
+        _apply_of(sink)
         super().__init__(counter.layout, counter.deadline, sink, chunk, on_batch)
         self.counter = counter
         self._transport = counter.transport

@@ -59,9 +59,10 @@ class Flusher:
     """A flusher's process, seen from the one that started it."""
 
     def __init__(self, order: Order) -> None:
+        # A session of its own: a Ctrl-C on the terminal reaches us, who decide what ends.
         self._process = subprocess.Popen(
             [sys.executable, "-m", "redishacks.demo.flusher"],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True,
         )  # fmt: skip
         assert self._process.stdin is not None
         assert self._process.stdout is not None
@@ -101,8 +102,6 @@ class Flusher:
 
 def main() -> None:
     """Run the flush that standard input orders."""
-    # Ctrl-C on a terminal reaches every process of the group; the parent decides what ends.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     order = Order(*json.load(sys.stdin))
     try:
         sink: Sink = Table(order.sql, order.table).sink

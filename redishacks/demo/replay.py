@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from redishacks._command import Command
+from redishacks._words import many
 from redishacks.counters import BufferedCounter, FlushJob, FlushReport
 from redishacks.demo.flusher import COUNTER, Flusher, Order
 from redishacks.demo.table import Table
@@ -124,15 +125,17 @@ def play(options: Options, traffic: Traffic, audience: Audience) -> Outcome:
         name = f"redishacks_demo_{secrets.token_hex(5)}"
         table = Table(sql, name)
         counter = BufferedCounter(redis, COUNTER, prefix=name, linger=_LINGER)
-        if options.redis is not None:
-            stack.callback(_quietly, lambda: _remove_keys(counter, name, audience), audience)
+        stack.callback(table.sink.close)
+        audience.go_on()
+        # Cleaned up is only where something was done: a server that is away says so once.
+        counter.transport.call(Command(("PING",), repeatable=True), counter.deadline)
+        table.create()
         if options.sql is not None:
             stack.callback(_quietly, lambda: _drop(table, audience), audience)
-        else:
-            stack.callback(table.sink.close)
-        audience.go_on()
-        table.create()
+        if options.redis is not None:
+            stack.callback(_quietly, lambda: _remove_keys(counter, name, audience), audience)
         stack.callback(_quietly, counter.close, audience)
+        table.sink.create_ledger()
         return _Play(counter, table, Order(redis, name, sql, name), audience).run(traffic)
 
 
@@ -220,7 +223,8 @@ class _Play:
         calls = after - before
         scripts = sum(calls[name] for name in ("eval", "evalsha"))
         self._audience.tell(
-            f"counted {len(hits):,} hits at {rate:,.0f} per second, with {scripts:,} script calls"
+            f"counted {many(len(hits), 'hit')} at {rate:,.0f} per second, "
+            f"with {many(scripts, 'script call')}"
         )
         return rate, scripts / len(hits), calls.total() / len(hits)
 
@@ -248,8 +252,8 @@ class _Play:
         self._flushes.append(report)
         finished = "finished the batch of the killed one: " if report.recovered else ""
         self._audience.tell(
-            f"flusher {flusher.pid} {finished}wrote {report.amount:,} hits to {report.rows:,} rows "
-            f"in {report.seconds:.2f} s"
+            f"flusher {flusher.pid} {finished}wrote {many(report.amount, 'hit')} "
+            f"to {many(report.rows, 'row')} in {report.seconds:.2f} s"
         )
 
     def _kill_during(self, hits: Sequence[str]) -> Killed:
@@ -276,7 +280,7 @@ class _Play:
             raise RedisHacksError(f"flusher {flusher.pid} was not killed in the middle of a batch")
         self._audience.tell(
             f"flusher {flusher.pid} was killed with SIGKILL in the middle of a flush: "
-            f"{left.written:,} of the {left.chunks:,} chunks of its batch were in SQL"
+            f"{left.written:,} of the {many(left.chunks, 'chunk')} of its batch in SQL"
         )
         return left
 
@@ -336,4 +340,4 @@ def _remove_keys(counter: BufferedCounter, prefix: str, audience: Audience) -> N
             removed += transport.call(Command(("UNLINK", key), (key,), int), deadline)
         if cursor == b"0":
             break
-    audience.tell(f"removed the {removed:,} keys of {prefix} from Redis")
+    audience.tell(f"removed {many(removed, 'key')} of {prefix} from Redis")

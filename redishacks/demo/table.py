@@ -42,12 +42,11 @@ class Table:
         )
 
     def create(self) -> None:
-        """Make the table and its ledger."""
+        """Make the table; the ledger is the sink's to make."""
         with self._connection() as connection:
             connection.execute(
                 f"CREATE TABLE {self.name} (path TEXT PRIMARY KEY, hits BIGINT NOT NULL)"
             )
-        self.sink.create_ledger()
 
     def rows(self) -> dict[str, int]:
         """Read it whole."""
@@ -84,4 +83,6 @@ class Table:
                     yield connected
             except psycopg.Error as error:
                 kind = SchemaError if (error.sqlstate or "").startswith("42") else UnavailableError
-                raise kind(f"PostgreSQL: {error}") from None
+                # The lines below the first are advice, or every host that was tried.
+                said = (str(error).strip() or type(error).__name__).splitlines()[0]
+                raise kind(f"PostgreSQL: {said}") from None

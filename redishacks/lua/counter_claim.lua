@@ -1,7 +1,7 @@
 -- Claim everything pending in one partition as a batch that never changes again.
 --
 -- EVALSHA sha n meta since next batches batch pending... claimed...
---         expected following chunk column [column ...]
+--         expected following chunk destination column [column ...]
 -- KEYS[1]    meta: hash; no TTL
 -- KEYS[2]    since: string, µs of the oldest hit; removed, its value goes with the batch
 -- KEYS[3]    next: string, the id this batch gets; replaced by the following one
@@ -12,17 +12,22 @@
 -- ARGV[1]    the value of next for which the keys were made
 -- ARGV[2]    the value of next to follow
 -- ARGV[3]    ids per chunk, fixed for the life of the batch
--- ARGV[4..]  names of the columns
--- Reply: number of ids claimed; 0 nothing was pending; -1 next has changed, look again;
+-- ARGV[4]    where the caller flushes to
+-- ARGV[5..]  names of the columns
+-- Reply: number of ids claimed; 0 nothing was pending; -1 next has changed, look again; -2 the
+--        counter flushes to another destination, or to none any more;
 --        or the name of a column that the counter has and the caller does not know
 
 if redis.call('GET', KEYS[3]) ~= ARGV[1] then
   return -1
 end
+if redis.call('HGET', KEYS[1], 'destination') ~= ARGV[4] then
+  return -2
+end
 local known = {}
-local columns = #ARGV - 3
+local columns = #ARGV - 4
 for c = 1, columns do
-  known['column ' .. ARGV[c + 3]] = true
+  known['column ' .. ARGV[c + 4]] = true
 end
 for _, field in ipairs(redis.call('HKEYS', KEYS[1])) do
   if string.sub(field, 1, 7) == 'column ' and not known[field] then
@@ -36,11 +41,14 @@ end
 
 local now = redis.call('TIME')
 now = string.format('%d%06d', now[1], now[2])
-redis.call('HSET', KEYS[5], 'size', size, 'chunk', ARGV[3],
-  'since', redis.call('GET', KEYS[2]) or now, 'columns', table.concat(ARGV, '\n', 4))
+local since = redis.call('GET', KEYS[2]) or now
+-- First what a full server allows too: the rest of a script that has begun to write goes through,
+-- and it is the flush that frees memory.
+redis.call('DEL', KEYS[2])
+redis.call('HSET', KEYS[5], 'size', size, 'chunk', ARGV[3], 'since', since,
+  'columns', table.concat(ARGV, '\n', 5))
 redis.call('ZADD', KEYS[4], now, ARGV[1])
 redis.call('SET', KEYS[3], ARGV[2])
-redis.call('DEL', KEYS[2])
 for c = 1, columns do
   if redis.call('EXISTS', KEYS[5 + c]) == 1 then
     redis.call('RENAME', KEYS[5 + c], KEYS[5 + columns + c])

@@ -5,11 +5,18 @@
 -- Reply: {} all fields agree or were new and are stored; {field, stored} the first that differs,
 --        and nothing was stored
 
+local new = {}
 for i = 1, #ARGV, 2 do
   local stored = redis.call('HGET', KEYS[1], ARGV[i])
-  if stored and stored ~= ARGV[i + 1] then
+  if not stored then
+    new[#new + 1] = ARGV[i]
+    new[#new + 1] = ARGV[i + 1]
+  elseif stored ~= ARGV[i + 1] then
     return {ARGV[i], stored}
   end
 end
-redis.call('HSET', KEYS[1], unpack(ARGV))
+-- Only what is new: a full server must not refuse a flush, which frees memory.
+if #new > 0 then
+  redis.call('HSET', KEYS[1], unpack(new))
+end
 return {}

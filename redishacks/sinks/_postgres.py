@@ -254,6 +254,8 @@ CREATE INDEX IF NOT EXISTS {_index_name(dead)} ON {identifier(*dead)} (counter, 
         upsert = target.mode == "upsert"
         alter = f"ALTER TABLE {identifier(*target.table)}"
         ours = {*target.key, *target.columns.values()}
+        # Without its key this may be another table altogether, whose columns are no concern.
+        inserts = upsert and not filled and {*target.key} <= {name for name, *_ in rows}
         columns: dict[str, Column] = {}
         shown: dict[str, str] = {}
         for name, type_, shown_type, base, bytewise, demanding, forbidden in rows:
@@ -265,10 +267,12 @@ CREATE INDEX IF NOT EXISTS {_index_name(dead)} ON {identifier(*dead)} (counter, 
                     needed |= {"UPDATE"}
                 rights = [f"{right} ({identifier(name)})" for right in forbidden if right in needed]
                 lacks.grants(", ".join(rights), target.table)
-            elif demanding and upsert and not filled:
+            elif demanding and inserts:
+                # A name may hold anything, also the end of a line, and so of the comment.
+                quoted_name = " ".join(identifier(name).split())
                 lacks.add(
                     f'column {name} is NOT NULL without a default: use mode="update", or give one',
-                    f"{alter} ALTER COLUMN {identifier(name)} SET DEFAULT …;",
+                    f'-- give column {quoted_name} a default, or use mode="update"',
                 )
         for name in target.key:
             if name not in columns:

@@ -187,8 +187,10 @@ class PsycopgDatabase:
         try:
             if self._pool is not None:
                 self._conn = yield from call(self._pool.getconn)
-            elif self._conn is None:
-                assert self._dsn is not None
+            elif self._dsn is not None and (self._conn is None or not self._is_idle()):
+                # One of our own that an exception left in the middle of something goes.
+                if self._conn is not None:
+                    self._conn.pgconn.finish()
                 connect = functools.partial(self._colour.connection.connect, **self._dsn)
                 self._conn = yield from call(connect)
         except psycopg.Error as error:
@@ -203,14 +205,15 @@ class PsycopgDatabase:
             yield from self._give_back()
             raise
 
+    def _is_idle(self) -> bool:
+        inside = self._conn.info.transaction_status != TransactionStatus.IDLE
+        return not inside and bool(self._conn.pgconn.pipeline_status == PipelineStatus.OFF)
+
     def _check_idle(self) -> None:
         self._restore_autocommit = False
         if self._conn.closed:
             raise UnavailableError("the PostgreSQL connection that the sink was given is closed")
-        if (
-            self._conn.info.transaction_status != TransactionStatus.IDLE
-            or self._conn.pgconn.pipeline_status != PipelineStatus.OFF
-        ):
+        if not self._is_idle():
             raise UsageError(
                 "the PostgreSQL connection is inside a transaction or a pipeline: what the sink "
                 "writes there could still be rolled back after it was acknowledged"

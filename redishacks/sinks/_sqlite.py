@@ -37,7 +37,7 @@ from redishacks._sink import (
     Retried,
     Rule,
 )
-from redishacks.errors import ServerError, UnavailableError, UsageError
+from redishacks.errors import SchemaError, ServerError, UnavailableError, UsageError
 from redishacks.sinks._conversation import (
     UNKNOWN_ID,
     Conversation,
@@ -220,8 +220,11 @@ class SQLiteDatabase:
         #: Connections of a parent process, which SQLite forbids to use, and even to close.
         self._inherited: list[Any] = []
         self._lock = threading.Lock()
+        self._lock_of = os.getpid()
         #: Make the file if it is not there; else a mistyped path would leave an empty one behind.
         self.makes_file = False
+        #: What a file that is not there would need.
+        self.ddl_of_file = ""
         if isinstance(target, str | Path):
             self._path = str(target)
         elif isinstance(target, self._sqlite3.Connection):
@@ -233,21 +236,23 @@ class SQLiteDatabase:
 
     def transaction(self, body: Steps[T], *, write: bool = True) -> Steps[T]:
         """See `Database.transaction`."""
+        if self._lock_of != os.getpid():
+            # Another thread of the parent may have held it at the fork.
+            self._lock, self._lock_of = threading.Lock(), os.getpid()
         with self._lock:
             yield from call(self._open)
             synchronous, text = self._settle()
             try:
                 yield from self.run("BEGIN IMMEDIATE" if write else "BEGIN")
-                try:
-                    value = yield from body
-                    if not self.in_transaction:
-                        raise _rolled_back()
-                    yield from self.run("COMMIT")
-                    return value
-                except BaseException:
-                    if self.in_transaction:
-                        self._conn.execute("ROLLBACK")
-                    raise
+                value = yield from body
+                if not self.in_transaction:
+                    raise _rolled_back()
+                yield from self.run("COMMIT")
+                return value
+            except BaseException:
+                if self.in_transaction:
+                    self._conn.execute("ROLLBACK")
+                raise
             finally:
                 self._unsettle(synchronous, text)
 
@@ -281,7 +286,7 @@ class SQLiteDatabase:
         try:
             yield
         except self._sqlite3.Error as error:
-            raise verdict(self._sqlite3, error) from error
+            raise verdict(self._sqlite3, error, self._path) from error
 
     def close(self) -> Steps[None]:
         """Close the file that was opened here."""
@@ -298,11 +303,14 @@ class SQLiteDatabase:
         with self._translated():
             if self._conn is None:
                 if self._is_missing() and not self.makes_file:
-                    raise LackingError(f"there is no SQLite file {self._path}")
+                    raise SchemaError(f"there is no SQLite file {self._path}", ddl=self.ddl_of_file)
                 self._conn = self._sqlite3.connect(
                     self._path, timeout=_BUSY_TIMEOUT, isolation_level=None, check_same_thread=False
                 )
                 self._conn.execute("PRAGMA foreign_keys = ON")
+            if self._conn.in_transaction and self._path is not None:
+                # One of our own that an exception left in the middle.
+                self._conn.execute("ROLLBACK")
             if self._conn.in_transaction:
                 raise UsageError(
                     "the SQLite connection is inside a transaction (one made with autocommit=False "
@@ -333,7 +341,7 @@ class SQLiteDatabase:
             self.execute(f"PRAGMA synchronous = {int(synchronous)}")
 
 
-def verdict(sqlite3: ModuleType, error: Exception) -> Exception:
+def verdict(sqlite3: ModuleType, error: Exception, path: str | None) -> Exception:
     """Translate an error into what has to be done about it, by SQLite's result code."""
     reason = str(error)
     code = getattr(error, "sqlite_errorcode", None)
@@ -354,6 +362,14 @@ def verdict(sqlite3: ModuleType, error: Exception) -> Exception:
         if any(phrase in reason for phrase in lacking):
             return LackingError(reason)
         return RefusedError(reason) if "overflow" in reason else ServerError(f"ERR {reason}")
+    # No waiting makes a database of these.
+    if primary == sqlite3.SQLITE_NOTADB:
+        return LackingError(f"{path or 'the file'} is not a SQLite database")
+    if primary == sqlite3.SQLITE_CANTOPEN and path is not None:
+        if os.path.isdir(path):
+            return LackingError(f"{path} is a directory, not a SQLite database")
+        if not os.path.isdir(directory := os.path.dirname(path) or "."):
+            return LackingError(f"there is no directory {directory} for a SQLite file")
     # The file cannot be opened, read or written, the disk is full, …
     return UnavailableError(f"SQLite: {reason}")
 
@@ -384,6 +400,7 @@ class SQLiteConversation(Conversation):
 
     def __init__(self, target: Target, database: SQLiteDatabase) -> None:
         super().__init__(target, database, _DIALECT)
+        database.ddl_of_file = self.ddl() + self._table_ddl()
         self._shape: Shape | None = None
 
     def destination(self) -> str:
@@ -598,6 +615,8 @@ CREATE TABLE IF NOT EXISTS {identifier(*dead)} (
             execute("SAVEPOINT one")
             try:
                 if execute(sql, row).count != 1:
+                    # A trigger may have written elsewhere before it let the row fall.
+                    execute("ROLLBACK TO one")
                     refused.append((place, self._why(shape, row)))
             except RefusedError as error:
                 if not self.database.in_transaction:

@@ -111,6 +111,12 @@ class Cluster:
             lambda: all(self._owner(slot, seen_by=index) == target for index in everybody),
             f"all nodes to know that slot {slot} moved",
         )
+        # The next owner gives itself an epoch above all that it knows. One it has not heard of
+        # would beat it: the slot would go back, and its keys would be dropped.
+        wait_until(
+            lambda: all(self._epochs(index) == self._epochs(0) for index in everybody),
+            "all nodes to know the new owner's epoch",
+        )
 
     def _join(self, primaries: int) -> None:
         """Make one cluster of fresh nodes: the first ones get the slots, the others replicate."""
@@ -158,6 +164,11 @@ class Cluster:
         return [
             "slave" if "slave" in flag else "master" for flag in flags if "handshake" not in flag
         ]
+
+    def _epochs(self, node: int) -> dict[str, str]:
+        """Return the configuration epoch of each node that a node knows, by id."""
+        lines = self._say(node, "CLUSTER", "NODES").decode().splitlines()
+        return {words[0]: words[6] for words in map(str.split, lines)}
 
     def _owner(self, slot: int, seen_by: int = 0) -> int:
         """Return which node owns a slot, in the eyes of one of them."""

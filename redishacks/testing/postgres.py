@@ -171,9 +171,10 @@ class Postgres:
 
     def _run(self, *command: str | Path) -> str:
         user = self._account.pw_uid if self._account else None
+        # A session of its own, so that a Ctrl-C on the terminal reaches us and not it.
         done = subprocess.run(
             command, capture_output=True, text=True, cwd=self.directory, user=user,
-            group=user, extra_groups=None if user is None else [],
+            group=user, extra_groups=None if user is None else [], start_new_session=True,
         )  # fmt: skip
         if done.returncode:
             raise UnavailableError(f"{command[0]} failed: {(done.stderr or done.stdout).strip()}")
