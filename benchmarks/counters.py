@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 import subprocess
 import sys
 import threading
@@ -13,7 +14,7 @@ from typing import Any
 import psycopg
 import redis
 
-from benchmarks.harness import Row, limit_row, ratio_row, side_by_side
+from benchmarks.harness import Figure, Row, limit_row, ratio_row, side_by_side
 from benchmarks.transport import in_threads
 from redishacks.counters import BufferedCounter, FlushJob
 from redishacks.sinks import PostgresSink
@@ -126,10 +127,6 @@ def flushing(url: str, dsn: str) -> list[Row]:
 
 def _timed(contenders: dict[str, Callable[[], tuple[int, float]]], rounds: int) -> Any:
     """Like `side_by_side`, for contenders that time themselves, since they have to prepare."""
-    import statistics
-
-    from benchmarks.harness import Figure
-
     rates: dict[str, list[float]] = {name: [] for name in contenders}
     for turn in range(rounds + 1):
         for name, run in contenders.items():
@@ -206,7 +203,6 @@ def _talk(url: str, db: psycopg.Connection[Any], ids: list[str]) -> Callable[[],
 #: A flush of a million ids, in a process of its own; prints what it took.
 _MILLION = """
 import json, sys, time
-from redishacks import _drive
 from redishacks.counters import BufferedCounter, FlushJob
 from redishacks.sinks import PostgresSink
 
@@ -240,9 +236,9 @@ def million(url: str, dsn: str) -> list[Row]:
     client = redis.Redis.from_url(url)
     client.config_set("slowlog-log-slower-than", 1000)
     client.config_set("slowlog-max-len", 10_000)
-    client.slowlog_reset()
     for at in range(0, 1_000_000, 100_000):
         counter.incr_many({f"/page/{i:07d}": 1 for i in range(at, at + 100_000)})
+    client.slowlog_reset()
     done = subprocess.run(
         [sys.executable, "-c", _MILLION, url, dsn], capture_output=True, text=True, check=True
     )

@@ -107,7 +107,8 @@ class Retried(NamedTuple):
 
 class Sink(Protocol):
     """Where a flush job writes. Every method may raise `UnavailableError` (try later) or
-    `SchemaError` (a table, column or grant is missing); then nothing was changed.
+    `SchemaError` (a table, column or grant is missing). Calling
+    again is then safe: nothing was changed, or the ledger has it.
 
     The job calls one method at a time.
     """

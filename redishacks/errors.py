@@ -5,7 +5,7 @@
     │   └── CrossNodeError          keys of one command live on different cluster nodes
     ├── MaybeAppliedError           sent, but the reply was lost: the caller decides
     ├── PartlyAppliedError          a call in several parts: `failed` says what became of which id
-    ├── UnavailableError            nothing was applied: try again later
+    ├── UnavailableError            away or refusing for now: try again later
     ├── ServerError                 the server understood and said no; nothing was applied
     └── SchemaError                 the database lacks a table, column or grant
 
@@ -48,7 +48,10 @@ class PartlyAppliedError(RedisHacksError):
 
 
 class UnavailableError(RedisHacksError):
-    """The server could not be asked, or refused for now; nothing was applied."""
+    """A server could not be asked, or refused for now. Doing it again is safe.
+
+    A count was not taken; a flush that had written some chunks goes on where the ledger says.
+    """
 
 
 class ServerError(RedisHacksError):

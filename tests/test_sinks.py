@@ -765,7 +765,7 @@ def test_many_bad_rows_are_sorted_out_in_time(pg: World) -> None:
 
 def test_a_statement_that_takes_too_long(pg: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """A slow chunk is cut up; a single row that stays too slow ends the run, nothing is lost."""
-    monkeypatch.setitem(_psycopg._SETTINGS, "statement_timeout", "'300ms'")
+    monkeypatch.setitem(_psycopg.SETTINGS, "statement_timeout", "'300ms'")
     pg.pages()
     pg.sql(
         "CREATE FUNCTION slow() RETURNS trigger LANGUAGE plpgsql AS $$BEGIN "
@@ -1239,8 +1239,8 @@ def test_a_stopped_flusher_gives_its_locks_back(
     plain: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One that stands still in mid-transaction is cut off, overtaken, and changes nothing later."""
-    assert "idle_in_transaction_session_timeout" in _psycopg._SETTINGS
-    monkeypatch.setitem(_psycopg._SETTINGS, "idle_in_transaction_session_timeout", "'200ms'")
+    assert "idle_in_transaction_session_timeout" in _psycopg.SETTINGS
+    monkeypatch.setitem(_psycopg.SETTINGS, "idle_in_transaction_session_timeout", "'200ms'")
     plain.pages()
     zombie = plain.sink()
     steps = zombie._steps.apply(plain.chunk({b"/a": 1}))

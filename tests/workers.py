@@ -67,7 +67,7 @@ def flush(
     Steps are all effects: commands to Redis, calls of the sink, and each statement in it.
     """
     # Five seconds for each of many zombies would make a long test; the rule is the same.
-    _psycopg._SETTINGS["idle_in_transaction_session_timeout"] = "'500ms'"
+    _psycopg.SETTINGS["idle_in_transaction_session_timeout"] = "'500ms'"
     counted = 0
     real = _drive.perform
 

@@ -15,8 +15,8 @@ wakes up after a day, find the ledger row and change nothing. So a hit that Redi
 reaches SQL once, as long as Redis itself does not lose it (see `FlushJob` on failover).
 
 Trade-offs. SQL is behind by the time between flushes; `FlushJob.value` adds what is on its way.
-Counts are exact to 2^53, since a sorted set's scores are doubles. A pending id takes about 110
-bytes. The keys are described in `redishacks.counters.commands`.
+Counts are exact to 2^53, since a sorted set's scores are doubles. A pending id takes 65 to 95
+bytes and its own length, per column. The keys are described in `redishacks.counters.commands`.
 """
 
 from redishacks.counters.buffered import AsyncBufferedCounter, BufferedCounter

@@ -43,7 +43,7 @@ _DEFAULTS = {
     "fallback_application_name": "redishacks",
 }
 
-_SETTINGS = {
+SETTINGS = {
     "client_encoding": "'UTF8'",
     "synchronous_commit": (
         # remote_apply is stronger, all others are weaker.
@@ -109,7 +109,7 @@ class PsycopgDatabase:
                 f"not as {type(target).__name__}"
             )
         values = ", ".join(
-            f"set_config('{name}', {value}, true)" for name, value in (_SETTINGS | settings).items()
+            f"set_config('{name}', {value}, true)" for name, value in (SETTINGS | settings).items()
         )
         self._begin = (
             f"BEGIN ISOLATION LEVEL READ COMMITTED; SELECT {values}; "
