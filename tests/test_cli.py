@@ -553,13 +553,14 @@ def test_status(app: App) -> None:
     fresh = app.run("status", "myapp:jobs").stdout
     assert f"{app.prefix}:hits" in fresh
     assert "nothing waits" in fresh
+    assert "nobody has counted here yet" in fresh
     assert "never" in fresh
     app.counter().incr_many({"/a": 2, "/b": -5})
     (found,) = objects(app.run("status", "myapp:jobs", "--json"))
     assert 0 <= found.pop("oldest") < 60
     assert found == {
         "counter": f"{app.prefix}:hits", "pending_ids": 2, "pending_amount": {"amount": -3},
-        "batches": [], "last_flush": None, "dead": 0,
+        "batches": [], "last_flush": None, "dead": 0, "known": True,
     }  # fmt: skip
     app.run("flush", "myapp:jobs")
     shown = app.run("status", "myapp:jobs")

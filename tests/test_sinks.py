@@ -1760,3 +1760,14 @@ def test_an_exception_of_a_signal_handler_breaks_no_sink(pg_dsn: str, tmp_path: 
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
+
+
+def test_a_table_with_heirs_is_refused(pg_dsn: str) -> None:
+    """With INHERITS one id can be two rows, and the count of rows would hide an unknown one."""
+    with psycopg.connect(pg_dsn) as db:
+        db.execute("CREATE TABLE pages (path text PRIMARY KEY, hits bigint)")
+        db.execute("CREATE TABLE old_pages () INHERITS (pages)")
+    with PostgresSink(pg_dsn, table="pages", key="path", columns={"amount": "hits"}) as sink:
+        sink.create_ledger()
+        with pytest.raises(UsageError, match="inherit"):
+            sink.begin(SUM)

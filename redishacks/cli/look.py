@@ -45,6 +45,7 @@ def status(ctx: click.Context, jobs: list[FlushJob], as_json: bool) -> None:
 
 def _status_rows(found: CounterStatus) -> list[tuple[str, str]]:
     return [
+        *([] if found.known else [("note", "nobody has counted here yet; is the name right?")]),
         ("pending", many(found.pending_ids, "id")),
         *((f"sum of {name}", f"{total:,}") for name, total in found.pending_amount.items()),
         ("oldest", show.ago(found.oldest, "nothing waits")),

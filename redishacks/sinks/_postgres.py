@@ -110,6 +110,13 @@ SELECT pg_is_in_recovery(), {now_micros}, current_setting('server_version_num'):
 FROM it
 """
 
+_HEIRS = """
+SELECT EXISTS (
+    SELECT FROM pg_inherits AS i JOIN pg_class AS c ON c.oid = i.inhparent
+    WHERE i.inhparent = ? AND c.relkind = 'r'
+)
+"""
+
 _COLUMNS = """
 SELECT a.attname::text, format_type(a.atttypid, -1), format_type(a.atttypid, a.atttypmod),
     format_type(CASE t.typtype WHEN 'd' THEN t.typbasetype ELSE t.oid END, -1),
@@ -226,6 +233,11 @@ CREATE INDEX IF NOT EXISTS {_index_name(dead)} ON {identifier(*dead)} (counter, 
         if table is None:
             lacks.add(f"no table {'.'.join(target.table)}", self._table_ddl(rules))
         else:
+            if (yield from self.run(_HEIRS, table)).rows[0][0]:
+                raise UsageError(
+                    f"other tables inherit from {'.'.join(target.table)}, and one id could be a "
+                    "row in several of them: name a table without heirs, or a partitioned one"
+                )
             rows = (yield from self.run(_COLUMNS, table)).rows
             columns = self._check_columns(rows, rules, filled, lacks)
             if not unique:
