@@ -350,7 +350,7 @@ def test_passing_refusals_are_waited_out(colour: Colour, code: str) -> None:
         ("NOREPLICAS Not enough good replicas", UnavailableError, "NOREPLICAS"),
         ("MISCONF errors writing to disk", UnavailableError, "MISCONF"),
         ("NOPERM this user has no permissions", ServerError, "NOPERM"),
-        ("MOVED 7 127.0.0.1:1", ServerError, "MOVED"),
+        ("MOVED 7 127.0.0.1:1", UsageError, "pass a redis.RedisCluster"),
         ("ERR unknown command", ServerError, "ERR unknown"),
     ],
 )

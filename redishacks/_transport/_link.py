@@ -162,6 +162,10 @@ class Link:
         os.dup2(nothing, self._sock.fileno(), inheritable=False)
         os.close(nothing)
 
+    def __del__(self) -> None:
+        # While the interpreter exits, when the finalizer above does not run.
+        self._sock.close()
+
     def _send_rest(self, data: memoryview, end: float, written: bool) -> None:
         while data:
             try:
