@@ -15,7 +15,7 @@ from redis.backoff import NoBackoff
 from redis.retry import Retry
 
 from redishacks._transport import _async_link, _socket, _sync
-from redishacks.errors import MaybeAppliedError, ServerError, UnavailableError
+from redishacks.errors import MaybeAppliedError, ServerError, UnavailableError, UsageError
 from redishacks.testing import FaultProxy, Server, redis_server, valkey_server
 from redishacks.testing.sentinel import SentinelSetup, valkey_sentinel
 from tests.transport_kit import (
