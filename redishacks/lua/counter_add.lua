@@ -62,7 +62,7 @@ for c = 1, columns do
             end
           end
         end
-        pairs_of[2 * at - 1] = string.format('%.0f', old + amount)
+        pairs_of[2 * at - 1] = old + amount -- goes out with 17 digits, so exactly
         pairs_of[2 * at] = ids[at]
       end
     end
