@@ -266,13 +266,13 @@ class SQLiteDatabase:
         with self._translated():
             cursor = self._conn.cursor()
             cursor.row_factory = None  # the connection's is the user's
-            cursor.execute(sql, params)
+            cursor.execute(sql, _bound(sql, [params])[0])
             return Result(cursor.fetchall(), cursor.rowcount)
 
     def execute_many(self, sql: str, rows: Sequence[Sequence[Any]]) -> int:
         """Run one statement per row; return how many rows were written."""
         with self._translated():
-            count: int = self._conn.executemany(sql, rows).rowcount
+            count: int = self._conn.executemany(sql, _bound(sql, rows)).rowcount
             return count
 
     @property
@@ -339,6 +339,13 @@ class SQLiteDatabase:
         self._conn.text_factory = text
         if synchronous < 2:
             self.execute(f"PRAGMA synchronous = {int(synchronous)}")
+
+
+def _bound(sql: str, rows: Sequence[Sequence[Any]]) -> Sequence[Any]:
+    """Return rows as the module binds them: numbered parameters (?1) count as named ones."""
+    if "= ?1" not in sql:
+        return rows
+    return [{str(number): value for number, value in enumerate(row, 1)} for row in rows]
 
 
 def verdict(sqlite3: ModuleType, error: Exception, path: str | None) -> Exception:
