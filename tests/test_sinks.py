@@ -1760,6 +1760,7 @@ def test_an_exception_of_a_signal_handler_breaks_no_sink(pg_dsn: str, tmp_path: 
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
+        gc.collect()  # connections that were interrupted while they were opened
 
 
 def test_a_table_with_heirs_is_refused(pg_dsn: str) -> None:
