@@ -8,9 +8,10 @@ from types import TracebackType
 from typing import Any, Literal, Self
 
 from redishacks import _keys
+from redishacks._buffer import Buffer, Items, Refused
 from redishacks._command import Command, Outcome, Steps, ask, ask_all
 from redishacks._drive import drive, drive_async
-from redishacks._linger import AsyncCoalescer, Buffer, Coalescer, Items, Refused, check_linger
+from redishacks._linger import AsyncCoalescer, Coalescer, check_linger
 from redishacks._sink import Rule
 from redishacks._transport import Hook, connect, connect_async
 from redishacks._units import EXACT, Seconds, seconds
