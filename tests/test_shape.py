@@ -21,6 +21,7 @@ PACKAGE = Path(__file__).parents[1] / "redishacks"
 LAYERS = [
     {"errors", "_keys", "_units", "_slots", "_words"},
     {"_command", "_sink"},
+    {"_buffer"},
     {"_drive"},
     {"_transport"},
     {"_linger"},

@@ -66,8 +66,17 @@ class SentinelSetup:
 
     def _wait_for(self, primary: Server) -> None:
         """Wait until the sentinel names this server and could fail over to the other."""
+        import redis
+
         other = self.primary if primary is self.replica else self.replica
-        wait_until(lambda: self._settled(primary, other), f"failover to port {primary.port}")
+
+        def settled() -> bool:
+            try:
+                return self._settled(primary, other)
+            except redis.ConnectionError:  # a server that changes its role cuts its clients off
+                return False
+
+        wait_until(settled, f"failover to port {primary.port}")
 
     def _settled(self, primary: Server, other: Server) -> bool:
         named = self._ask(self.sentinel, "SENTINEL", "GET-PRIMARY-ADDR-BY-NAME", self.service)
