@@ -54,7 +54,7 @@ class ForeignLink:
             self.close()
             raise _unreachable(error) from None
 
-    def ask(self, data: bytes, deadline: float, end: float) -> Any:
+    def ask(self, data: bytes, deadline: float, end: float, alone: bool) -> Any:
         """Send one packed command and return its reply."""
         self.send(data, end)
         return self.replies(1, end)[0]

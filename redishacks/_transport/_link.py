@@ -28,6 +28,11 @@ from redishacks._transport._wire import MISSING, Address, handshake, new_reader,
 _SHORT = 8192
 _CHUNK = 65536
 _DONTWAIT = socket.MSG_DONTWAIT
+#: Seconds to look for a reply before sleeping: from the same machine or rack it comes sooner than
+#: the kernel puts a thread to sleep and wakes it, which is two thirds of such a call.
+_MOMENT = 60e-6
+#: Calls that sleep at once, after a look in vain.
+_IN_VAIN = 16
 
 
 class Main:
@@ -39,7 +44,17 @@ class Main:
 class Link:
     """A connection of our own: a socket and a parser."""
 
-    __slots__ = ("__weakref__", "_hot", "_poll", "_reader", "_sock", "_timeout", "_tls", "since")
+    __slots__ = (
+        "__weakref__",
+        "_asleep",
+        "_hot",
+        "_poll",
+        "_reader",
+        "_sock",
+        "_timeout",
+        "_tls",
+        "since",
+    )
 
     def __init__(self, sock: socket.socket) -> None:
         self.since = 0.0
@@ -51,16 +66,15 @@ class Link:
         self._poll = select.poll()
         self._poll.register(sock, select.POLLIN)
         self._timeout = -1.0
+        self._asleep = 0
         # Where sockets are patched (gevent), only poll() lets other greenlets run meanwhile.
         self._hot = socket.socket.__module__ == "socket"
         sock.settimeout(None if self._hot else 0.0)
 
-    def ask(self, data: bytes, deadline: float, end: float) -> Any:
+    def ask(self, data: bytes, deadline: float, end: float, alone: bool) -> Any:
         """Send one packed command and return its reply.
 
-        The wait is a single recv() with a timeout of the kernel's: a poll() before it would hand
-        the interpreter's lock over twice, and with eight threads that lock is the bottleneck. The
-        main thread polls all the same: a recv() that signals interrupt starts its timeout anew.
+        `alone`: no other thread waits for a reply, whom looking for ours would disturb.
         """
         if not self._hot:
             self.send(data, end)
@@ -75,14 +89,9 @@ class Link:
         if sent != len(data):
             self._send_rest(memoryview(data)[sent:], end, sent > 0)
         try:
-            if get_ident() == Main.ident:
-                if not self._poll.poll(deadline * 1000):
-                    raise Lost(LATE, written=True)
-                chunk = sock.recv(_SHORT, _DONTWAIT)
-            else:
-                if deadline != self._timeout:
-                    self._set_timeout(deadline)
-                chunk = sock.recv(_SHORT)
+            chunk = self._look() if alone else None
+            if chunk is None:
+                chunk = self._sleep(deadline)
         except BlockingIOError:
             raise Lost(LATE, written=True) from None
         except OSError as error:
@@ -98,6 +107,37 @@ class Link:
         if reply is MISSING or type(reply) is PushNotification:
             return self.replies(1, end)[0]
         return reply
+
+    def _look(self) -> bytes | None:
+        """Return a reply that comes at once."""
+        if self._asleep:
+            self._asleep -= 1
+            return None
+        recv = self._sock.recv
+        until = monotonic() + _MOMENT
+        while True:
+            try:
+                return recv(_SHORT, _DONTWAIT)
+            except BlockingIOError:
+                # By the clock: each recv() may hand the interpreter's lock to another thread.
+                if monotonic() > until:
+                    self._asleep = _IN_VAIN
+                    return None
+
+    def _sleep(self, deadline: float) -> bytes:
+        """Wait for a reply, in a single recv() with a timeout of the kernel's.
+
+        A poll() before it would hand the interpreter's lock over twice, and with eight threads that
+        lock is the bottleneck. The main thread polls all the same: a recv() that signals interrupt
+        starts its timeout anew.
+        """
+        if get_ident() == Main.ident:
+            if not self._poll.poll(deadline * 1000):
+                raise Lost(LATE, written=True)
+            return self._sock.recv(_SHORT, _DONTWAIT)
+        if deadline != self._timeout:
+            self._set_timeout(deadline)
+        return self._sock.recv(_SHORT)
 
     def send(self, data: bytes, end: float) -> None:
         """Send packed commands whole; reads replies meanwhile, so that nobody waits in a circle."""

@@ -44,8 +44,8 @@ class Channel(Protocol):
 
     since: float
 
-    def ask(self, data: bytes, deadline: float, end: float) -> Any:
-        """Send one packed command and return its reply."""
+    def ask(self, data: bytes, deadline: float, end: float, alone: bool) -> Any:
+        """Send one packed command and return its reply; `alone`: nobody else waits for one."""
 
     def send(self, data: bytes, end: float) -> None:
         """Send packed commands whole."""
@@ -90,6 +90,10 @@ class Node:
             if link.alive():
                 return link
             self.drop(link)
+
+    def alone(self) -> bool:
+        """Return whether one connection is in use."""
+        return len(self._open) - len(self._idle) == 1
 
     def give(self, link: Channel) -> None:
         """Take a connection back after a whole exchange."""
@@ -213,7 +217,7 @@ class SyncTransport:
         if node is None or link is None:
             return self._converse(self._talk((command,), deadline, now))[0].result()
         try:
-            reply = link.ask(pack(command), deadline, now + deadline)
+            reply = link.ask(pack(command), deadline, now + deadline, node.alone())
         except Lost as loss:
             node.lost(link)
             talk = self._talk((command,), deadline, now)
