@@ -86,7 +86,9 @@ class _Counter:
     def _items(self, hits: Amounts) -> Items:
         """Check many hits; ids that are the same as bytes become one."""
         columns = self.layout.columns
-        plain = self.layout.columns.signs == "+"
+        plain = columns.signs == "+"
+        if plain and (usual := _in_bulk(hits)) is not None:
+            return usual
         items: dict[bytes, list[int | None]] = {}
         for id, given in hits.items():
             raw = _keys.id_bytes(id)
@@ -159,6 +161,22 @@ class _Counter:
         on_maybe_applied: Callable[[Items], None] | None,
     ) -> Buffer:
         return Buffer(self.layout, new_id, max_buffered, on_refused, on_maybe_applied)
+
+
+def _in_bulk(hits: Amounts) -> Items | None:
+    """Check the usual hits, `{str: int}`, all at once; None: look at each by itself."""
+    amounts: list[Any] = list(hits.values())
+    if {*map(type, hits)} != {str} or {*map(type, amounts)} != {int}:
+        return None
+    try:
+        raws = [id.encode() for id in hits]
+    except UnicodeEncodeError:
+        return None
+    sizes = list(map(len, raws))
+    fit = min(sizes) > 0 and max(sizes) <= _keys.MAX_ID
+    if not fit or min(amounts) < -EXACT or max(amounts) > EXACT:
+        return None
+    return [(raw, (amount,)) for raw, amount in zip(raws, amounts, strict=True) if amount]
 
 
 class BufferedCounter(_Counter):
