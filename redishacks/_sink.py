@@ -47,6 +47,17 @@ class Chunk(NamedTuple):
     read_at: Any
 
 
+class Begun(NamedTuple):
+    """What a database says before anything is claimed for it."""
+
+    #: Its clock, whatever that is; it comes back as `Chunk.read_at`.
+    clock: Any
+    #: Which ledger it has. A counter is bound to it at its first flush: what another ledger knows
+    #: of the counter's batches, this one does not. It stays as long as the ledger's rows do, and an
+    #: emptied ledger is another one. A sink that keeps no ledger says "".
+    ledger: str
+
+
 class Status(StrEnum):
     """What became of a chunk; all but BUSY and STALE were seen committed."""
 
@@ -82,6 +93,8 @@ class Reading(NamedTuple):
     applied: frozenset[ChunkId]
     #: Which of the batches asked about have any chunk in the ledger.
     begun: frozenset[str]
+    #: Which ledger that is, as in `Begun`; "" when it has no name yet.
+    ledger: str = ""
 
 
 class DeadLetter(NamedTuple):
@@ -122,11 +135,14 @@ class Sink(Protocol):
     def create_ledger(self) -> None:
         """Make both tables unless they exist."""
 
-    def begin(self, columns: Mapping[str, Rule]) -> Any:
-        """Connect, check that tables, columns and grants are there; return the database's clock."""
+    def begin(self, columns: Mapping[str, Rule]) -> Begun:
+        """Connect, check that tables, columns and grants are there; say clock and ledger."""
 
     def apply(self, chunk: Chunk) -> Applied:
-        """Write a chunk and its ledger row in one transaction; return after COMMIT was seen."""
+        """Write a chunk and its ledger row in one transaction; return after COMMIT was seen.
+
+        A chunk may be without ids (see `FlushJob.rebind`): then only its ledger row is written.
+        """
 
     def applied(self, batch: str) -> frozenset[int]:
         """Return which chunks of a batch are in the ledger; for those who look on."""
@@ -172,8 +188,8 @@ class AsyncSink(Protocol):
     async def create_ledger(self) -> None:
         """Make both tables unless they exist."""
 
-    async def begin(self, columns: Mapping[str, Rule]) -> Any:
-        """Connect and check; return the database's clock."""
+    async def begin(self, columns: Mapping[str, Rule]) -> Begun:
+        """Connect and check; say clock and ledger."""
 
     async def apply(self, chunk: Chunk) -> Applied:
         """Write a chunk and its ledger row in one transaction."""

@@ -67,6 +67,7 @@ def examine(job: FlushJob) -> list[Finding]:
     A check that cannot be made is a finding too (`Level.UNKNOWN`); errors are not raised.
     """
     findings = judge_client(retries_of(job.counter.client))
+    states: list[State] = []
     try:
         findings += judge_layout(job)
         states = _states(job)
@@ -75,7 +76,7 @@ def examine(job: FlushJob) -> list[Finding]:
         findings += judge_counter(states, job.sink.destination())
     except RedisHacksError as error:
         findings.append(_not_seen("redis", error))
-    return findings + _database(job)
+    return findings + _database(job, states)
 
 
 # Looking
@@ -157,9 +158,9 @@ def retries_of(client: Any) -> int:
     return 1 if options.get("retry_on_timeout") or options.get("retry_on_error") else 0
 
 
-def _database(job: FlushJob) -> list[Finding]:
+def _database(job: FlushJob, states: Sequence[State]) -> list[Finding]:
     try:
-        job.sink.begin(job.layout.columns.rules)
+        begun = job.sink.begin(job.layout.columns.rules)
         dead = job.sink.dead_count(job.layout.full_name)
     except SchemaError as error:
         return [
@@ -175,6 +176,7 @@ def _database(job: FlushJob) -> list[Finding]:
         return [_not_seen("database", error)]
     return [
         Finding("database", Level.FINE, "tables, columns and grants are there"),
+        *judge_ledger(states, begun.ledger),
         *judge_dead(dead),
     ]
 
@@ -303,6 +305,24 @@ def judge_counter(states: Sequence[State], destination: str) -> list[Finding]:
             for state in states[:1]
             if state.destination not in (None, destination)
         ),
+    ]
+
+
+def judge_ledger(states: Sequence[State], ledger: str) -> list[Finding]:
+    """Judge whether a job's ledger is the one that the counter is bound to."""
+    if all(state.ledger in (None, ledger) for state in states):
+        return []
+    return [
+        Finding(
+            "ledger",
+            Level.WRONG,
+            "the counter is bound to another ledger than the one this job writes to: that of "
+            "another database, or the rows of this one have been deleted since",
+            "a flush by this job is refused: it could apply again what has been applied",
+            "correct the job's database, or put the ledger's rows back; when neither will do, "
+            "call the job's rebind(), and rebind(bury=True) when it says that batches are in "
+            "flight",
+        )
     ]
 
 

@@ -15,6 +15,7 @@ import redis.asyncio
 
 from redishacks._sink import (
     Applied,
+    Begun,
     Chunk,
     ChunkId,
     DeadLetter,
@@ -25,6 +26,8 @@ from redishacks._sink import (
 )
 from redishacks.counters import AsyncBufferedCounter, AsyncFlushJob, BufferedCounter, FlushJob
 from redishacks.counters.commands import merged
+from redishacks.sinks import AsyncPostgresSink
+from tests.workers import make_sink
 
 
 class Facade:
@@ -47,6 +50,7 @@ class Colour:
     def __init__(self, name: str) -> None:
         self.name = name
         self._runner = asyncio.Runner() if name == "async" else None
+        self._opened: list[Any] = []
 
     def client(self, url: str, **options: Any) -> Any:
         """Return a redis-py client of this colour."""
@@ -58,6 +62,18 @@ class Colour:
         if self._runner:
             return Facade(AsyncBufferedCounter(client, name, **options), self._runner)
         return BufferedCounter(client, name, **options)
+
+    def sink(self, url: str) -> Any:
+        """Return a sink of pages, open until `close`."""
+        sink: Any
+        if self._runner and url.startswith("postgresql"):
+            columns = {"amount": "hits"}
+            sink = AsyncPostgresSink(url, table="pages", key="path", columns=columns)
+            self._opened.append(Facade(sink, self._runner))
+        else:
+            sink = make_sink(url)
+            self._opened.append(sink)
+        return sink
 
     def job(self, counter: Any, sink: Any, **options: Any) -> Any:
         """Return a flush job of this colour."""
@@ -78,7 +94,9 @@ class Colour:
         return function(*args)
 
     def close(self) -> None:
-        """End the loop."""
+        """Close the sinks and end the loop."""
+        for sink in self._opened:
+            sink.close()
         if self._runner:
             self._runner.close()
 
@@ -129,9 +147,9 @@ class MemorySink:
     def create_ledger(self) -> None:
         """Nothing to make."""
 
-    def begin(self, columns: Mapping[str, Rule]) -> int:
+    def begin(self, columns: Mapping[str, Rule]) -> Begun:
         """Be there."""
-        return 0
+        return Begun(0, "")
 
     def apply(self, chunk: Chunk) -> Applied:
         """Apply a chunk and its ledger row at one blow."""

@@ -7,7 +7,6 @@ import os
 import random
 import secrets
 import signal
-import sqlite3
 import threading
 import time
 from functools import partial
@@ -22,51 +21,12 @@ from redishacks.errors import UnavailableError
 from redishacks.testing import FaultProxy
 from tests import workers
 from tests.helpers import eventually
+from tests.workers import Database
 
 pytestmark = pytest.mark.slow
 
 IDS = {f"/{i}": i + 1 for i in range(7)}
 CHUNK = 3
-
-
-class Database:
-    """A table of pages somewhere, to look into and to empty."""
-
-    def __init__(self, url: str) -> None:
-        self.url = url
-        self.run("CREATE TABLE pages (path text PRIMARY KEY, hits bigint)")
-        sink = workers.make_sink(url)
-        sink.create_ledger()
-        sink.close()
-
-    @property
-    def is_sqlite(self) -> bool:
-        """Return which of the two it is."""
-        return not self.url.startswith("postgresql")
-
-    def run(self, *statements: str) -> list[Any]:
-        """Run statements; return the rows of the last."""
-        if not self.is_sqlite:
-            with psycopg.connect(self.url, autocommit=True) as db:
-                for statement in filter(str.strip, statements):
-                    cursor = db.execute(statement)
-                return cursor.fetchall() if cursor.description else []
-        file = sqlite3.connect(self.url, timeout=10)
-        try:
-            for statement in filter(str.strip, statements):
-                rows = file.execute(statement).fetchall()
-            file.commit()
-            return rows
-        finally:
-            file.close()
-
-    def shown(self) -> dict[str, int]:
-        """Return what the table shows."""
-        return dict(self.run("SELECT path, hits FROM pages"))
-
-    def empty(self) -> None:
-        """Begin anew."""
-        self.run("DELETE FROM pages", "DELETE FROM redishacks_dead")
 
 
 @pytest.fixture(params=["postgres", "sqlite"])

@@ -71,7 +71,7 @@ class World:
         """Return a sink, its ledger made and its target checked."""
         sink = self.bare_sink(target, **options)
         sink.create_ledger()
-        self.clock = sink.begin(rules)
+        self.clock = sink.begin(rules).clock
         return sink
 
     def bare_sink(self, target: Any = None, **options: Any) -> Any:
@@ -504,7 +504,7 @@ def test_tables_of_another_schema(world: World, tmp_path: Path) -> None:
     sink = world.sink(target, table=(app, "pages"), ledger=(app, "l"), dead=(app, "d"))
     assert sink.apply(world.chunk({b"/a": 1, b"\xff": 2})) == Applied(Status.APPLIED, 1, 1)
     assert world.sql(f"SELECT hits FROM {app}.pages") == [(1,)]
-    assert world.sql(f"SELECT count(*) FROM {app}.l") == [(1,)]
+    assert world.sql(f"SELECT count(*) FROM {app}.l WHERE chunk >= 0") == [(1,)]
     if not world.is_postgres:
         target.close()
 
@@ -696,7 +696,14 @@ def test_a_deferred_constraint_refuses_before_commit(pg: World) -> None:
     assert pg.rows() == {1: 1}
 
 
-@pytest.mark.parametrize("code", ["P0001", "45000", "U0815", "23514"])
+@pytest.mark.parametrize(
+    "code",
+    [
+        "P0001", "45000", "U0815", "23514",
+        # of disorder rather than of data:
+        "42501", "42P01", "3F000", "0A000", "28000", "40002", "55000", "P0004", "XX000",
+    ],
+)  # fmt: skip
 def test_a_trigger_refuses_single_rows(pg: World, code: str) -> None:
     """A trigger that raises refuses its row, whatever error code it invents."""
     pg.pages()
@@ -711,6 +718,113 @@ def test_a_trigger_refuses_single_rows(pg: World, code: str) -> None:
     rows = {b"/%d" % i: 1 for i in range(20)} | {b"/no": 1}
     assert sink.apply(pg.chunk(rows)) == Applied(Status.APPLIED, 20, 1)
     assert letters(sink) == [(b"/no", "amount", 1, ("not " + "x" * 900)[:500])]
+
+
+def refusing(world: World, what: str, code: str) -> None:
+    """Make a trigger that raises an error for the paths that a condition means."""
+    world.sql(
+        "CREATE FUNCTION no() RETURNS trigger LANGUAGE plpgsql AS $$BEGIN "
+        f"IF {what} THEN RAISE EXCEPTION 'out of order' USING ERRCODE = '{code}'; END IF; "
+        "RETURN NEW; END$$"
+    )
+    world.sql(
+        "CREATE TRIGGER no BEFORE INSERT OR UPDATE ON pages FOR EACH ROW EXECUTE FUNCTION no()"
+    )
+
+
+@pytest.mark.parametrize("mode", ["upsert", "update"])
+@pytest.mark.parametrize(
+    ("code", "kind"), [("42501", SchemaError), ("0A000", ServerError), ("XX000", ServerError)]
+)
+def test_a_broken_trigger_buries_nothing(
+    pg: World, mode: str, code: str, kind: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where all rows are refused with an error of disorder, it is raised, and soon."""
+    pg.pages()
+    pg.sql("INSERT INTO pages SELECT '/' || i, 0 FROM generate_series(0, 4999) i")
+    sink = pg.sink(mode=mode)
+    refusing(pg, "true", code)
+    chunk = pg.chunk({b"/%d" % i: 1 for i in range(5000)} | {b"\xff": 1})
+    errors: list[psycopg.Error] = []
+
+    def verdict(error: psycopg.Error) -> Exception:
+        errors.append(error)
+        return _verdict(error)
+
+    monkeypatch.setattr(_psycopg, "verdict", verdict)
+    with pytest.raises(kind, match="out of order"):
+        sink.apply(chunk)
+    assert 64 < len(errors) < 256
+    assert sink.dead_count("hits") == 0
+    assert sink.applied("b1") == set()
+    pg.sql("DROP TRIGGER no ON pages")
+    assert sink.apply(chunk) == Applied(Status.APPLIED, 5000, 1)
+
+
+def test_a_missing_function_buries_nothing(pg: World) -> None:
+    """A trigger that calls what is not there is the schema's fault; the message names it."""
+    pg.pages()
+    pg.sql(
+        "CREATE FUNCTION no() RETURNS trigger LANGUAGE plpgsql AS "
+        "$$BEGIN NEW.hits = no_such_function(NEW.hits); RETURN NEW; END$$"
+    )
+    pg.sql("CREATE TRIGGER no BEFORE INSERT ON pages FOR EACH ROW EXECUTE FUNCTION no()")
+    sink = pg.sink()
+    with pytest.raises(SchemaError, match="no_such_function"):
+        sink.apply(pg.chunk({b"/a": 1, b"/b": 1}))
+    assert sink.dead_count("hits") == 0
+
+
+def test_bad_rows_that_stand_together_are_no_disorder(pg: World) -> None:
+    """Hundreds refused one after the other, and others behind them that pass: these are written."""
+    pg.pages()
+    refusing(pg, "NEW.path LIKE '/a%'", "42501")
+    sink = pg.sink()
+    good = {b"/b%03d" % i: 2 for i in range(300)}
+    chunk = pg.chunk({b"/a%03d" % i: 1 for i in range(200)} | good)
+    assert sink.apply(chunk) == Applied(Status.APPLIED, 300, 200)
+    assert pg.rows() == {id.decode(): amount for id, amount in good.items()}
+    assert {(amount, reason) for _, _, amount, reason in letters(sink)} == {(1, "out of order")}
+
+
+def test_a_retry_is_held_up_by_no_letter(pg: World) -> None:
+    """What is refused for whatever reason at a retry stays, with the reason; others are applied."""
+    pg.pages()
+    sink = pg.sink(mode="update")
+    sink.apply(pg.chunk({b"/%d" % i: 1 for i in range(1100)}))
+    pg.sql("INSERT INTO pages SELECT '/' || i, 0 FROM generate_series(0, 1099) i")
+    refusing(pg, "substr(NEW.path, 2)::int < 1000", "XX000")  # all of the first page
+    assert sink.retry("hits", SUM) == Retried(100, 1000)
+    assert {reason for *_, reason in letters(sink)} == {"out of order"}
+    pg.sql("DROP TRIGGER no ON pages")
+    assert sink.retry("hits", SUM) == Retried(1000, 0)
+    assert set(pg.rows().values()) == {1}
+
+
+def test_a_policy_refuses_single_rows(flavour: str, pg_dsn: str, runner: asyncio.Runner) -> None:
+    """Row-level security that forbids one id: a dead letter with the reason, the rest written."""
+    pg = World("postgres" if flavour == "sync" else "async", pg_dsn, runner)
+    pg.pages()
+    pg.sink()
+    role = f"r{secrets.token_hex(6)}"
+    pg.sql(f"CREATE ROLE {role} LOGIN")
+    try:
+        pg.sql(f"GRANT ALL ON ALL TABLES IN SCHEMA public TO {role}")
+        pg.sql("ALTER TABLE pages ENABLE ROW LEVEL SECURITY")
+        pg.sql("CREATE POLICY most ON pages USING (path <> '/no')")
+        sink = pg.sink(pg.where.replace("postgres@", f"{role}@"))
+        rows = {b"/%d" % i: 1 for i in range(20)} | {b"/no": 7}
+        for batch in ("b1", "b2"):  # a row to insert, then one to update
+            assert sink.apply(pg.chunk(rows, batch)) == Applied(Status.APPLIED, 20, 1)
+            assert letters(sink)[-1][:3] == (b"/no", "amount", 7)
+            assert "row-level security" in letters(sink)[-1][3]
+            if batch == "b1":
+                pg.sql("INSERT INTO pages VALUES ('/no', 0)")
+        assert pg.rows() == {f"/{i}": 2 for i in range(20)} | {"/no": 0}
+    finally:
+        pg.sql(f"DROP OWNED BY {role}")
+        pg.sql(f"DROP ROLE {role}")
+        pg.close()
 
 
 @pytest.mark.parametrize("mode", ["upsert", "update"])
@@ -749,6 +863,31 @@ def test_triggers_in_sqlite(lite: World) -> None:
         sink.apply(lite.chunk({b"/1": 1, b"/ROLLBACK": 1}, "b2"))
     assert lite.rows() == {"/1": 1, "/2": 5}
     assert sink.applied("b2") == set()
+
+
+@pytest.mark.parametrize("mode", ["upsert", "update"])
+def test_disorder_in_sqlite(lite: World, mode: str) -> None:
+    """An unforeseen error is a row's fault where others pass, the database's where none does."""
+    lite.pages()
+    lite.sql("INSERT INTO pages VALUES ('{}', 0), ('{', 0), ('[]', 0)")
+    sink = lite.sink(mode=mode)
+    verb = mode.replace("upsert", "insert")
+    lite.sql(f"CREATE TRIGGER t BEFORE {verb} ON pages BEGIN SELECT json(NEW.path); END")
+    rows = {b"{}": 1, b"{": 2, b"[]": 3}
+    assert sink.apply(lite.chunk(rows)) == Applied(Status.APPLIED, 2, 1)
+    assert letters(sink) == [(b"{", "amount", 2, "malformed JSON")]
+    with pytest.raises(ServerError, match="malformed JSON"):
+        sink.apply(lite.chunk({b"{": 4, b"": 5}, "b2"))
+    assert sink.retry("hits", SUM) == Retried(0, 1)
+    lite.sql("DROP TRIGGER t")
+    lite.sql("CREATE TABLE log (n)")
+    lite.sql(f"CREATE TRIGGER t BEFORE {verb} ON pages BEGIN INSERT INTO log VALUES (1); END")
+    lite.sql("DROP TABLE log")
+    with pytest.raises(SchemaError, match=r"no such table: main\.log"):
+        sink.apply(lite.chunk(rows, "b3"))
+    assert sink.dead_count("hits") == 1
+    assert sink.applied("b2") == sink.applied("b3") == set()
+    assert lite.rows() == {"{}": 1, "{": 0, "[]": 3}
 
 
 def test_many_bad_rows_are_sorted_out_in_time(pg: World) -> None:
@@ -989,6 +1128,56 @@ def test_the_ledger_is_made_once(world: World) -> None:
     assert sink.apply(world.chunk({b"/a": 1})).status is Status.APPLIED
 
 
+def test_a_ledger_has_one_identity(world: World) -> None:
+    """It is drawn once, outlives create_ledger() and pruning, and no other ledger has it."""
+    world.pages()
+    sink = world.bare_sink()
+    sink.create_ledger()
+    assert sink.read("hits", SUM, b"/a", [], []).ledger == ""
+    name = sink.begin(SUM).ledger
+    assert len(bytes.fromhex(name)) == 16
+    sink.create_ledger()
+    assert world.sink().begin(SUM).ledger == sink.begin(SUM).ledger == name
+    assert sink.read("hits", SUM, b"/a", [], []).ledger == name
+    assert world.sink(ledger="other_ledger").begin(SUM).ledger != name
+    # It is no chunk of any batch.
+    assert sink.applied("") == sink.unsettled("") == set()
+    sink.prune("", frozenset([""]))
+    week = "clock_timestamp() - interval '8 days'" if world.is_postgres else "0"
+    world.sql(f"UPDATE redishacks_ledger SET gone_at = {week}")
+    assert sink.prune("", frozenset([""])) == sink.prune("hits", frozenset([""])) == 0
+    assert sink.begin(SUM).ledger == name
+    world.sql("DELETE FROM redishacks_ledger")
+    assert sink.begin(SUM).ledger != name
+
+
+def test_two_begins_draw_one_identity(world: World) -> None:
+    """However many ask a new ledger for its identity at once, they get the same."""
+    world.pages()
+    world.bare_sink().create_ledger()
+
+    def begin(_: int) -> str:
+        kind: Any = PostgresSink if world.is_postgres else SQLiteSink
+        with kind(world.where, **PAGES) as sink:
+            return str(sink.begin(SUM).ledger)
+
+    with ThreadPoolExecutor(8) as pool:
+        assert len(set(pool.map(begin, range(8)))) == 1
+
+
+def test_an_identity_in_the_making_is_waited_for(pg: World) -> None:
+    """A begin() beside one that has not committed yet draws no identity of its own."""
+    pg.pages()
+    sink = pg.bare_sink()
+    sink.create_ledger()
+    pg.sql("BEGIN")
+    pg.sql("INSERT INTO redishacks_ledger VALUES ('', '', -1, '', '\\x0102', 0)")
+    with pytest.raises(UnavailableError, match="busy"):
+        sink.begin(SUM)
+    pg.sql("COMMIT")
+    assert sink.begin(SUM).ledger == "0102"
+
+
 # What is missing
 
 
@@ -1016,7 +1205,7 @@ def test_a_missing_table_or_column_is_named(world: World, table: str, missing: s
         sink.begin(SUM)
     assert missing in str(caught.value)
     mend(world, caught.value)
-    world.clock = sink.begin(SUM)
+    world.clock = sink.begin(SUM).clock
     assert sink.apply(world.chunk({b"/a": 1})).status is Status.APPLIED
 
 
@@ -1077,7 +1266,7 @@ def test_missing_grants_are_named(flavour: str, pg_dsn: str, runner: asyncio.Run
                 sink.begin(SUM)
             assert ("INSERT (" in caught.value.ddl) == (mode == "upsert")
             mend(pg, caught.value)
-            pg.clock = sink.begin(SUM)
+            pg.clock = sink.begin(SUM).clock
             chunk = pg.chunk({b"/a": 1, b"\xff": 1}, mode)
             assert sink.apply(chunk).status is Status.APPLIED
             sink.retry("hits", SUM)
@@ -1624,8 +1813,8 @@ def test_twins_have_the_same_methods() -> None:
             name.replace("aclose", "close"): [
                 (p.name, p.default) for p in inspect.signature(value).parameters.values()
             ]
-            for name, value in vars(kind).items()
-            if callable(value) and not (name.startswith("_") and name != "__init__")
+            for name, value in inspect.getmembers(kind, callable)
+            if not (name.startswith("_") and name != "__init__")
         }
 
     assert surface(PostgresSink) == surface(AsyncPostgresSink) == surface(SQLiteSink)
@@ -1722,7 +1911,7 @@ def test_a_trigger_that_ignores_a_row_leaves_nothing_behind(tmp_path: Path) -> N
         db.commit()
         sink = SQLiteSink(path, table="pages", key="path", columns={"amount": "hits"})
         sink.create_ledger()
-        assert sink.apply(chunk_of(b"/a", 5, sink.begin(SUM))).dead == 1
+        assert sink.apply(chunk_of(b"/a", 5, sink.begin(SUM).clock)).dead == 1
         assert sink.retry("hits", SUM) == Retried(0, 1)
         assert db.execute("SELECT count(*) FROM log").fetchone() == (0,)
         sink.close()
@@ -1750,11 +1939,11 @@ def test_an_exception_of_a_signal_handler_breaks_no_sink(pg_dsn: str, tmp_path: 
             for n in range(60):
                 signal.setitimer(signal.ITIMER_REAL, pause.uniform(0.0001, 0.004))
                 with contextlib.suppress(InterruptedError, UnavailableError, ServerError):
-                    clock = sink.begin(SUM)
+                    clock = sink.begin(SUM).clock
                     sink.apply(chunk_of(b"/a", 1, clock, batch=f"b{n}"))
                     time.sleep(0.01)
                 signal.setitimer(signal.ITIMER_REAL, 0)
-            clock = sink.begin(SUM)
+            clock = sink.begin(SUM).clock
             assert sink.apply(chunk_of(b"/b", 7, clock, batch="last")).status == Status.APPLIED
             sink.close()
     finally:

@@ -10,6 +10,7 @@ import multiprocessing as mp
 import os
 import random
 import signal
+import sqlite3
 import time
 from collections.abc import Callable
 from multiprocessing.context import ForkServerProcess
@@ -50,6 +51,47 @@ def make_sink(url: str, mode: str = "upsert", table: str = "pages") -> Any:
     """Return a sink of pages for a PostgreSQL URL, or for the path of a SQLite file."""
     kind: Any = PostgresSink if url.startswith("postgresql") else SQLiteSink
     return kind(url, table=table, key="path", columns={"amount": "hits"}, mode=mode)
+
+
+class Database:
+    """A table of pages somewhere, to look into and to empty."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+        self.run("CREATE TABLE pages (path text PRIMARY KEY, hits bigint)")
+        sink = make_sink(url)
+        sink.create_ledger()
+        sink.close()
+
+    @property
+    def is_sqlite(self) -> bool:
+        """Return which of the two it is."""
+        return not self.url.startswith("postgresql")
+
+    def run(self, *statements: str) -> list[Any]:
+        """Run statements; return the rows of the last."""
+        if not self.is_sqlite:
+            with psycopg.connect(self.url, autocommit=True) as db:
+                for statement in filter(str.strip, statements):
+                    cursor = db.execute(statement)
+                return cursor.fetchall() if cursor.description else []
+        file = sqlite3.connect(self.url, timeout=10)
+        try:
+            for statement in filter(str.strip, statements):
+                rows = file.execute(statement).fetchall()
+            file.commit()
+            return rows
+        finally:
+            file.close()
+
+    def shown(self) -> dict[str, int]:
+        """Return what the table shows."""
+        return dict(self.run("SELECT path, hits FROM pages"))
+
+    def empty(self) -> None:
+        """Begin anew, with a ledger whose identity is not drawn yet."""
+        tables = ("pages", "redishacks_dead", "redishacks_ledger")
+        self.run(*(f"DELETE FROM {table}" for table in tables))
 
 
 def flush(

@@ -14,6 +14,7 @@ import click
 from rich.live import Live
 from rich.text import Text
 
+from redishacks._drive import drive
 from redishacks._words import many
 from redishacks.cli import show
 from redishacks.cli.ending import EXIT_CODES, Exit, for_each
@@ -244,7 +245,9 @@ def _dry_run(jobs: Sequence[FlushJob], as_json: bool) -> Exit:
     out = show.console()
 
     def look(job: FlushJob) -> Exit:
-        job.sink.begin(job.layout.columns.rules)  # what a run would stumble over
+        begun = job.sink.begin(job.layout.columns.rules)  # what a run would stumble over
+        agreed = job.layout.check(job.sink.destination(), begun.ledger)
+        drive(agreed, job.counter.transport, job.counter.deadline)
         status = job.status()
         hottest = job.counter.top(_HOTTEST)
         written = {batch.id: sorted(job.sink.applied(batch.id)) for batch in status.batches}

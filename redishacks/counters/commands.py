@@ -62,6 +62,8 @@ class State(NamedTuple):
     #: When a batch was last acknowledged, or None.
     flushed: int | None
     destination: str | None
+    #: Which ledger is there; None when the counter is not bound, or to a sink without one.
+    ledger: str | None
     now: int
     #: Batches in flight and the time of their claim, oldest first.
     batches: dict[str, int]
@@ -199,12 +201,12 @@ class Layout:
         """Return the partition of an id."""
         return partition(raw, self.partitions)
 
-    def agree(self, destination: str | None = None) -> Steps[None]:
-        """Agree with everybody else on partitions, columns and, for a flush, the destination.
+    def agree(self, destination: str | None = None, ledger: str | None = None) -> Steps[None]:
+        """Agree with everybody else on partitions and columns; for a flush, on where it goes too.
 
         One command per partition; a disagreement raises `UsageError` and changes nothing.
         """
-        given = self._given(destination)
+        given = self._given(destination, ledger)
         args = [text for field in given.items() for text in field]
 
         def parse(reply: list[bytes]) -> None:
@@ -227,12 +229,12 @@ class Layout:
             for outcome in (yield from ask_all(others)):
                 outcome.result()
 
-    def check(self) -> Steps[bool]:
-        """Return whether anybody has counted here; `UsageError` if it was laid out otherwise.
+    def check(self, destination: str | None = None, ledger: str | None = None) -> Steps[bool]:
+        """Return whether anybody has counted here; `UsageError` where `agree` would disagree.
 
         Changes nothing; one command.
         """
-        given = self._given()
+        given = self._given(destination, ledger)
         key = self._key(0, "meta")
         stored = yield from ask(Command(("HMGET", key, *given), (key,), _texts, repeatable=True))
         for field, value in zip(given, stored, strict=True):
@@ -240,22 +242,37 @@ class Layout:
                 raise self._disagreement(given, field, value)
         return stored[0] is not None
 
-    def _given(self, destination: str | None = None) -> dict[str, str]:
+    def _given(self, destination: str | None, ledger: str | None) -> dict[str, str]:
         fields = {"partitions": str(self.partitions), "index": self.columns.names[0]}
         fields |= {f"column {name}": rule.value for name, rule in self.columns.rules.items()}
-        return fields if destination is None else {**fields, "destination": destination}
+        bound = {"destination": destination, "ledger": ledger}
+        return fields | {name: value for name, value in bound.items() if value is not None}
 
     def _disagreement(self, given: Mapping[str, str], field: str, stored: str) -> UsageError:
+        if field == "ledger":
+            return self.other_ledger()
         return UsageError(
             f"counter {self.full_name} is in use with {field} = {stored}, "
             f"and this one says {given[field]}"
         )
 
-    def forget_destination(self) -> list[Command[int]]:
-        """Let the next flush decide anew where the counter goes; 0: batches are in flight."""
+    def other_ledger(self) -> UsageError:
+        """Return the error of a job whose ledger is not the one that the counter is bound to."""
+        return UsageError(
+            f"counter {self.full_name} is bound to another ledger than this job's: earlier jobs "
+            "wrote to another database, or the ledger table has been emptied since. Let one "
+            "database have one counter; if this is to be the counter's ledger from now on, call "
+            "the job's rebind()"
+        )
+
+    def forget_destination(self, known: Sequence[str] = ()) -> list[Command[int]]:
+        """Let the next flush decide anew where the counter goes.
+
+        0: there are batches in flight that are not among the `known`, and nothing was changed.
+        """
         return [
             Command(
-                (),
+                tuple(known),
                 (self._key(p, "meta"), self._key(p, "batches")),
                 int,
                 script("counter_forget"),
@@ -300,10 +317,14 @@ class Layout:
 
         With a fence, (producer, sequence), saying it again changes nothing.
         """
-        args: list[bytes | str] = ["" if fence is None else str(fence[1]), self.columns.signs]
-        for raw, amounts in items:
-            args.append(raw)
-            args += ["" if a is None else str(a) for a in amounts]
+        width = len(self.columns) + 1
+        args: list[bytes | str] = [""] * (2 + width * len(items))
+        args[:2] = "" if fence is None else str(fence[1]), self.columns.signs
+        args[2::width] = [raw for raw, _ in items]
+        for c in range(width - 1):
+            args[3 + c :: width] = [
+                "" if amounts[c] is None else str(amounts[c]) for _, amounts in items
+            ]
         keys = self._add_keys[p]
         if fence is not None:
             keys = (*keys, self._key(p, "f", fence[0]))
@@ -354,7 +375,7 @@ class Layout:
         )
 
         def parse(reply: list[Any]) -> State:
-            next_id, since, size, flushed, destination, now, *batches = reply
+            next_id, since, size, flushed, destination, ledger, now, *batches = reply
             return State(
                 p,
                 next_id.decode(),
@@ -362,6 +383,7 @@ class Layout:
                 size,
                 int(flushed) if flushed else None,
                 destination.decode() or None,
+                ledger.decode() or None,
                 int(now),
                 {b.decode(): int(c) for b, c in zip(batches[::2], batches[1::2], strict=True)},
             )
@@ -370,7 +392,9 @@ class Layout:
             (new_id() if naming else "",), keys, parse, script("counter_state"), repeatable=True
         )
 
-    def claim(self, p: int, expected: str, chunk: int, destination: str) -> Command[int]:
+    def claim(
+        self, p: int, expected: str, chunk: int, destination: str, ledger: str
+    ) -> Command[int]:
         """Claim what is pending in a partition as batch `expected`; -1: look again."""
         names = self.columns.names
         batch, *claimed = self._batch_keys(p, expected, names)
@@ -392,13 +416,14 @@ class Layout:
                 )
             if reply == -2:
                 raise UsageError(
-                    f"counter {self.full_name} does not flush to {destination} any more"
+                    f"counter {self.full_name} does not flush to this job's destination any more: "
+                    f"{destination}"
                 )
             return reply
 
         # Guarded by `expected`: said again, it finds another next and changes nothing.
         return Command(
-            (expected, new_id(), str(chunk), destination, *names),
+            (expected, new_id(), str(chunk), destination, ledger, *names),
             keys,
             parse,
             script("counter_claim"),
@@ -491,7 +516,7 @@ class Layout:
 
 def _light(part: list[Item]) -> list[list[Item]]:
     """Halve a part until each is light enough."""
-    if len(part) * _keys.MAX_ID <= PART_BYTES or sum(len(raw) for raw, _ in part) <= PART_BYTES:
+    if len(part) * _keys.MAX_ID <= PART_BYTES or sum([len(raw) for raw, _ in part]) <= PART_BYTES:
         return [part]
     half = len(part) // 2
     return _light(part[:half]) + _light(part[half:])

@@ -12,6 +12,7 @@ import logging
 import math
 import random
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -29,13 +30,16 @@ from redishacks._command import (
     call,
 )
 from redishacks._drive import drive, drive_async
-from redishacks._sink import Applied, AsyncSink, Chunk, ChunkId, Rule, Sink, Status
+from redishacks._sink import Applied, AsyncSink, Begun, Chunk, ChunkId, Rule, Sink, Status
 from redishacks.counters.buffered import AsyncBufferedCounter, BufferedCounter
 from redishacks.counters.commands import PAGE, Batch, Held, Id, Layout, Page, State
-from redishacks.errors import ServerError, UnavailableError, UsageError
+from redishacks.errors import SchemaError, ServerError, UnavailableError, UsageError
 
 #: How long a run waits for chunks that another transaction holds.
 _PATIENCE = 30.0
+#: With so many batches of a partition that cannot be applied no more are claimed there: what stays
+#: pending is one set, whatever its size, and `value` reads every batch.
+_STUCK = 16
 #: How often `value` looks again when flushers claim and apply between its two reads.
 _LOOKS = 100
 
@@ -137,7 +141,10 @@ class _Job:
         self.chunk = chunk
         self.on_batch = on_batch
         self._stopping = False
-        self._bound = False
+        #: Whether the counter is known to flush where this job says.
+        self._agreed = False
+        #: The ledger that the run in progress is bound to.
+        self._ledger = ""
         self._progress = _Progress()
 
     def __repr__(self) -> str:
@@ -163,22 +170,31 @@ class _Job:
             raise UsageError(f"time_budget is a number of seconds from 0, not {time_budget!r}")
         progress = self._progress = _Progress()
         # Nothing is claimed before SQL has answered.
-        clock = yield from call(self.sink.begin, self.layout.columns.rules)
-        self._bound = False  # somebody may have bound the counter anew since the last run
-        yield from self._bind()
-        for state in (yield from self._states()):
-            for batch in state.batches:
-                if self._over(progress, time_budget):
-                    return progress.report()
-                progress.recovered += 1
-                clock = yield from self._apply(state.partition, batch, clock, progress, True)
-        for p in range(self.layout.partitions):
+        clock = yield from self._bind()
+        states = yield from self._states()
+        todo = [(state.partition, batch) for state in states for batch in state.batches]
+        claims = [(p, "") for p in range(self.layout.partitions)]
+        stuck: Counter[int] = Counter()
+        failed: list[ServerError | SchemaError | UsageError] = []
+        for p, batch in [*todo, *claims]:
             if self._over(progress, time_budget):
-                return progress.report()
-            claimed = yield from self._claim(p)
-            if claimed is not None:
-                clock = yield from self._apply(p, claimed, clock, progress, False)
-        yield from self._prune()
+                break
+            try:
+                if batch:
+                    progress.recovered += 1
+                    clock = yield from self._apply(p, batch, clock, progress, True)
+                elif stuck[p] < _STUCK and (claimed := (yield from self._claim(p))):
+                    clock = yield from self._apply(p, claimed, clock, progress, False)
+            except (ServerError, SchemaError, UsageError) as error:
+                # It stays claimed, and must not hold up the others.
+                _log.info("a batch of %s is left for later: %s", self.layout.full_name, error)
+                failed.append(error)
+                stuck[p] += 1
+        else:
+            if not failed:
+                yield from self._prune()
+        if failed:
+            raise failed[0]
         return progress.report()
 
     def _over(self, progress: _Progress, time_budget: float | None) -> bool:
@@ -186,10 +202,13 @@ class _Job:
             time_budget is not None and time.monotonic() - progress.began >= time_budget
         )
 
-    def _bind(self) -> Steps[None]:
-        if not self._bound:
-            yield from self.layout.agree(self.sink.destination())
-            self._bound = True
+    def _bind(self) -> Steps[Any]:
+        """Bind the counter to this job's destination and ledger; return the database's clock."""
+        begun: Begun = yield from call(self.sink.begin, self.layout.columns.rules)
+        # Every time: somebody may have bound the counter anew since the last run.
+        yield from self.layout.agree(self.sink.destination(), begun.ledger)
+        self._agreed, self._ledger = True, begun.ledger
+        return begun.clock
 
     def _states(self) -> Steps[list[State]]:
         outcomes = yield from ask_all(self.layout.states())
@@ -202,7 +221,9 @@ class _Job:
             state = yield from ask(self.layout.state(p))
             if not state.pending_ids:
                 return None
-            size = yield from ask(self.layout.claim(p, state.next, self.chunk, destination))
+            size = yield from ask(
+                self.layout.claim(p, state.next, self.chunk, destination, self._ledger)
+            )
             if size >= 0:
                 return state.next if size else None
         return None
@@ -211,15 +232,9 @@ class _Job:
         self, p: int, batch_id: str, clock: Any, progress: _Progress, recovered: bool
     ) -> Steps[Any]:
         """Bring a batch into the ledger and drop it; return the database's clock."""
-        batch = yield from ask(self.layout.batch(p, batch_id))
+        batch = yield from self._batch(p, batch_id)
         if batch is None:
             return clock
-        unknown = [name for name in batch.columns if name not in self.layout.columns.rules]
-        if unknown:
-            raise UsageError(
-                f"a batch of counter {self.layout.full_name} has columns this job does not know: "
-                f"{', '.join(unknown)}"
-            )
         yield from self._replicated(batch)
         remaining = list(range(batch.chunks))
         if recovered:
@@ -260,7 +275,13 @@ class _Job:
             if verdict.status is Status.STALE:
                 remaining.append(index)
                 ahead = None
-                clock = yield from call(self.sink.begin, self.layout.columns.rules)
+                begun: Begun = yield from call(self.sink.begin, self.layout.columns.rules)
+                if begun.ledger != self._ledger:  # an error that ends the run: no batch may go on
+                    raise UnavailableError(
+                        f"the ledger of counter {self.layout.full_name} has been changed while a "
+                        "run was in progress; the next run tells what to do"
+                    )
+                clock = begun.clock
                 continue
             busy = 0
             progress.count(chunk, verdict)
@@ -270,6 +291,18 @@ class _Job:
         if self.on_batch is not None:
             self.on_batch(progress.report())
         return clock
+
+    def _batch(self, p: int, batch_id: str) -> Steps[Batch | None]:
+        """Read what a batch is; None when another flusher has dropped it."""
+        batch = yield from ask(self.layout.batch(p, batch_id))
+        if batch is not None:
+            unknown = [name for name in batch.columns if name not in self.layout.columns.rules]
+            if unknown:
+                raise UsageError(
+                    f"a batch of counter {self.layout.full_name} has columns this job does not "
+                    f"know: {', '.join(unknown)}"
+                )
+        return batch
 
     def _replicated(self, batch: Batch) -> Steps[None]:
         """With replicas attached, see that one of them has the claim before SQL does."""
@@ -344,7 +377,9 @@ class _Job:
     def value_steps(self, id: Id) -> Steps[dict[str, int | None]]:
         """Read one id's columns, as steps for a driver; flushes may go on between them."""
         raw = _keys.id_bytes(id)
-        yield from self._bind()
+        if not self._agreed:
+            yield from self.layout.agree(self.sink.destination())
+            self._agreed = True
         columns = self.layout.columns
         for _ in range(_LOOKS):
             state = yield from ask(self.layout.state(self.layout.partition(raw)))
@@ -360,6 +395,8 @@ class _Job:
                 list(chunks),
                 [state.next],
             )
+            if state.ledger not in (None, reading.ledger):
+                raise self.layout.other_ledger()
             if state.next in reading.begun:
                 continue  # what was read as pending is in SQL by now: counted twice
             total = [reading.row.get(name) for name in columns.names]
@@ -411,14 +448,48 @@ class _Job:
             known,
         )
 
-    def _rebind(self) -> Steps[None]:
-        outcomes = yield from ask_all(self.layout.forget_destination())
-        if not all(outcome.result() for outcome in outcomes):
+    def _rebind(self, bury: bool) -> Steps[None]:
+        states = yield from self._states()
+        in_flight = {batch: state.partition for state in states for batch in state.batches}
+        forgotten = bury or not in_flight
+        if bury:
+            begun: Begun = yield from call(self.sink.begin, self.layout.columns.rules)
+            for batch, p in in_flight.items():
+                yield from self._disown(p, batch, begun.clock)
+        if forgotten:
+            outcomes = yield from ask_all(self.layout.forget_destination(list(in_flight)))
+            forgotten = all(outcome.result() for outcome in outcomes)
+            if not forgotten:  # a batch was claimed meanwhile: no partition may go elsewhere
+                yield from self.layout.agree(states[0].destination, states[0].ledger)
+        if not forgotten:
             raise UsageError(
                 f"counter {self.layout.full_name} has batches in flight: flush them to the old "
-                "destination first, whose ledger knows what of them it has"
+                "destination first, whose ledger knows what of them it has; where that ledger is "
+                "lost, rebind(bury=True) lets them become dead letters"
             )
-        self._bound = False
+        self._agreed = False
+
+    def _disown(self, p: int, batch_id: str, clock: Any) -> Steps[None]:
+        """Give the ledger other content for every chunk of a batch, and so let each be a conflict.
+
+        Of a batch that another ledger knew, nobody here can tell which chunks were applied.
+        """
+        batch = yield from self._batch(p, batch_id)
+        if batch is None:
+            return
+        rules = tuple(self.layout.columns.rules[name] for name in batch.columns)
+        nothing: Any = tuple([] for _ in batch.columns)
+        for index in range(batch.chunks):
+            chunk = Chunk(
+                self.layout.full_name, batch.id, index, batch.columns, rules, [], nothing,
+                _digest([], []), clock,
+            )  # fmt: skip
+            verdict = yield from call(self.sink.apply, chunk)
+            if verdict.status in (Status.BUSY, Status.STALE):
+                raise UnavailableError(
+                    f"chunk {index} of batch {batch.id} is locked by another transaction; nothing "
+                    "was rebound: try again later"
+                )
 
 
 def _digest(ids: list[bytes], values: list[list[int | None]]) -> bytes:
@@ -441,7 +512,8 @@ class FlushJob(_Job):
     batch. Any number of jobs may run at once, on any number of machines.
 
     A counter flushes to one destination, remembered in Redis at the first flush; a job with
-    another table, key or columns raises `UsageError` (see `rebind`).
+    another table, key or columns raises `UsageError` (see `rebind`). So does one whose table is in
+    another database, or whose ledger was emptied: only the ledger knows what has been applied.
 
     Where exactly-once ends: when Redis fails over to a copy that lacks the last writes, hits
     acknowledged in that gap are lost, and a batch whose claim is undone is claimed anew under
@@ -473,7 +545,9 @@ class FlushJob(_Job):
 
         With a time budget (seconds) no batch is begun after it. Raises `UnavailableError` when
         Redis or SQL is away (nothing is lost, the next run goes on), `SchemaError` when the
-        database lacks something, `UsageError` when counter and job do not fit.
+        database lacks something, `UsageError` when counter and job do not fit. A batch that cannot
+        be applied stays claimed and the others go on; the first such error is raised at the end,
+        and `so_far()` has the figures.
 
         Round trips to Redis: 3 for an idle run, 4 more for a batch, 2 for each of its chunks.
         """
@@ -486,8 +560,9 @@ class FlushJob(_Job):
         SQL + pending + claimed but not yet in the ledger, and dead letters still open. For
         positive amounts it never goes down and never counts twice while flushers run, between
         failovers of Redis; hits that still linger in a process are not in it. Ids that are one key
-        in SQL (`1` and `01` of an integer key) are counted apart until flushed. Two round trips to
-        Redis and one statement; more when a flush comes between.
+        in SQL (`1` and `01` of an integer key) are counted apart until flushed. Raises `UsageError`
+        where the counter is bound to another destination or ledger. Two round trips to Redis and
+        one statement; more when a flush comes between.
         """
         return drive(self._value(id, column), self._transport, self._deadline)
 
@@ -499,12 +574,16 @@ class FlushJob(_Job):
         """Return where the counter stands. Reads all pending amounts, in pages."""
         return drive(self._status(), self._transport, self._deadline)
 
-    def rebind(self) -> None:
-        """Forget the destination; the next run binds the counter to its own.
+    def rebind(self, *, bury: bool = False) -> None:
+        """Forget the destination and its ledger; the next run binds the counter to its own.
 
-        Raises `UsageError` while batches are in flight.
+        Raises `UsageError` while batches are in flight: the old ledger knows which of their chunks
+        have been applied. When it is lost nobody knows, and applying them again could count twice.
+        With `bury=True` they become dead letters of this job's database instead, as conflicts, at
+        the next run: compare them with the table, then let `redishacks dead --retry` apply them or
+        delete them there. Until that run `value` lacks them. One transaction per chunk in flight.
         """
-        drive(self._rebind(), self._transport, self._deadline)
+        drive(self._rebind(bury), self._transport, self._deadline)
 
 
 class AsyncFlushJob(_Job):
@@ -544,6 +623,6 @@ class AsyncFlushJob(_Job):
         """Return where the counter stands, as `FlushJob.status`."""
         return await drive_async(self._status(), self._transport, self._deadline)
 
-    async def rebind(self) -> None:
+    async def rebind(self, *, bury: bool = False) -> None:
         """Forget the destination, as `FlushJob.rebind`."""
-        await drive_async(self._rebind(), self._transport, self._deadline)
+        await drive_async(self._rebind(bury), self._transport, self._deadline)

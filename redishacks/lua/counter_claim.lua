@@ -1,7 +1,7 @@
 -- Claim everything pending in one partition as a batch that never changes again.
 --
 -- EVALSHA sha n meta since next batches batch pending... claimed...
---         expected following chunk destination column [column ...]
+--         expected following chunk destination ledger column [column ...]
 -- KEYS[1]    meta: hash; no TTL
 -- KEYS[2]    since: string, µs of the oldest hit; removed, its value goes with the batch
 -- KEYS[3]    next: string, the id this batch gets; replaced by the following one
@@ -13,21 +13,23 @@
 -- ARGV[2]    the value of next to follow
 -- ARGV[3]    ids per chunk, fixed for the life of the batch
 -- ARGV[4]    where the caller flushes to
--- ARGV[5..]  names of the columns
+-- ARGV[5]    which ledger is there
+-- ARGV[6..]  names of the columns
 -- Reply: number of ids claimed; 0 nothing was pending; -1 next has changed, look again; -2 the
---        counter flushes to another destination, or to none any more;
+--        counter flushes to another destination or ledger, or to none any more;
 --        or the name of a column that the counter has and the caller does not know
 
 if redis.call('GET', KEYS[3]) ~= ARGV[1] then
   return -1
 end
-if redis.call('HGET', KEYS[1], 'destination') ~= ARGV[4] then
+if redis.call('HGET', KEYS[1], 'destination') ~= ARGV[4]
+  or redis.call('HGET', KEYS[1], 'ledger') ~= ARGV[5] then
   return -2
 end
 local known = {}
-local columns = #ARGV - 4
+local columns = #ARGV - 5
 for c = 1, columns do
-  known['column ' .. ARGV[c + 4]] = true
+  known['column ' .. ARGV[c + 5]] = true
 end
 for _, field in ipairs(redis.call('HKEYS', KEYS[1])) do
   if string.sub(field, 1, 7) == 'column ' and not known[field] then
@@ -46,7 +48,7 @@ local since = redis.call('GET', KEYS[2]) or now
 -- and it is the flush that frees memory.
 redis.call('DEL', KEYS[2])
 redis.call('HSET', KEYS[5], 'size', size, 'chunk', ARGV[3], 'since', since,
-  'columns', table.concat(ARGV, '\n', 5))
+  'columns', table.concat(ARGV, '\n', 6))
 redis.call('ZADD', KEYS[4], now, ARGV[1])
 redis.call('SET', KEYS[3], ARGV[2])
 for c = 1, columns do

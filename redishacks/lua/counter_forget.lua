@@ -1,12 +1,19 @@
 -- Forget where a counter's flush goes, unless a batch is on its way there.
 --
--- EVALSHA sha 2 meta batches
+-- EVALSHA sha 2 meta batches  [batch ...]
 -- KEYS[1]  meta: hash; no TTL
 -- KEYS[2]  batches: sorted set of batches in flight; no TTL
--- Reply: 1 forgotten; 0 there are batches in flight and nothing was changed
+-- ARGV     batches in flight that the ledger to come knows already
+-- Reply: 1 forgotten; 0 there are other batches in flight and nothing was changed
 
-if redis.call('ZCARD', KEYS[2]) > 0 then
-  return 0
+local known = {}
+for _, batch in ipairs(ARGV) do
+  known[batch] = true
 end
-redis.call('HDEL', KEYS[1], 'destination')
+for _, batch in ipairs(redis.call('ZRANGE', KEYS[2], 0, -1)) do
+  if not known[batch] then
+    return 0
+  end
+end
+redis.call('HDEL', KEYS[1], 'destination', 'ledger')
 return 1

@@ -9,7 +9,7 @@
 -- KEYS[5]    index: sorted set, the pending amounts of the first column; no TTL
 -- ARGV[1]    what to name the next batch when it has no name; '' to change nothing
 -- Reply: {next or '', since or '', ids pending, µs of the last acknowledgement or '',
---         destination or '', now in µs, batch, claimed, batch, claimed, ...}
+--         destination or '', ledger or '', now in µs, batch, claimed, batch, claimed, ...}
 
 -- Asked first: a full server refuses a SET that would change nothing, too.
 if ARGV[1] ~= '' and redis.call('EXISTS', KEYS[3]) == 0 then
@@ -22,6 +22,7 @@ local reply = {
   redis.call('ZCARD', KEYS[5]),
   redis.call('HGET', KEYS[1], 'flushed') or '',
   redis.call('HGET', KEYS[1], 'destination') or '',
+  redis.call('HGET', KEYS[1], 'ledger') or '',
   string.format('%d%06d', now[1], now[2]),
 }
 for _, item in ipairs(redis.call('ZRANGE', KEYS[4], 0, -1, 'WITHSCORES')) do

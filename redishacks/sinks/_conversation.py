@@ -7,12 +7,17 @@ Under one chunk id the ledger has the row of the content that came first (`copy`
 every other content met later (`copy` is its digest), which went to the dead letters whole. `rows`
 is how many ids a chunk had.
 
+One more row, of no counter and no batch, is the ledger's identity: its digest is a random number,
+drawn when it is first asked for. A table of the same name elsewhere has another one, and so has a
+ledger that was emptied; one that was dumped and restored is the same.
+
 What differs between databases (how rows are written, what the catalogue looks like, types and
 clocks) is in the subclasses.
 """
 
 from __future__ import annotations
 
+import secrets
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, TypeVar
@@ -21,6 +26,7 @@ from redishacks import _units
 from redishacks._command import Steps
 from redishacks._sink import (
     Applied,
+    Begun,
     Chunk,
     ChunkId,
     DeadLetter,
@@ -29,7 +35,7 @@ from redishacks._sink import (
     Rule,
     Status,
 )
-from redishacks.errors import SchemaError, ServerError, UnavailableError
+from redishacks.errors import SchemaError, UnavailableError
 from redishacks.sinks._target import Target, identifier
 from redishacks.sinks._verdicts import (
     BusyError,
@@ -37,6 +43,8 @@ from redishacks.sinks._verdicts import (
     RefusedError,
     Result,
     SlowError,
+    UnforeseenError,
+    raised,
 )
 
 T = TypeVar("T")
@@ -57,12 +65,19 @@ SELECT ?, ?, ?, ?, ?, ?, {{now}} WHERE {{now_micros}} < ? + {_DAY}
 ON CONFLICT DO NOTHING
 """
 _DIGEST = "SELECT digest FROM {ledger} WHERE batch = ? AND chunk = ? AND copy = ?"
-_APPLIED = "SELECT DISTINCT chunk FROM {ledger} WHERE batch = ?"
-_UNSETTLED = "SELECT DISTINCT batch FROM {ledger} WHERE counter = ? AND gone_at IS NULL"
+_IDENTITY = "SELECT digest FROM {ledger} WHERE batch = '' AND chunk = -1"
+_IDENTIFY = """
+INSERT INTO {ledger} (counter, batch, chunk, digest, rows, applied_at)
+VALUES ('', '', -1, ?, 0, {now}) ON CONFLICT DO NOTHING
+"""
+_APPLIED = "SELECT DISTINCT chunk FROM {ledger} WHERE batch = ? AND chunk >= 0"
+_UNSETTLED = """
+SELECT DISTINCT batch FROM {ledger} WHERE counter = ? AND gone_at IS NULL AND chunk >= 0
+"""
 _MARK = """
 UPDATE {ledger} SET gone_at = {now} WHERE counter = ? AND gone_at IS NULL AND batch {among_texts}
 """
-_PRUNE = "DELETE FROM {ledger} WHERE counter = ? AND gone_at < {week_ago}"
+_PRUNE = "DELETE FROM {ledger} WHERE counter = ? AND gone_at < {week_ago} AND chunk >= 0"
 _LETTERS = """
 SELECT number, counter, batch, chunk, id, "column", amount, reason, {at_micros} FROM {dead}
 """
@@ -113,6 +128,9 @@ class Written(NamedTuple):
 
     rows: int
     refused: list[tuple[int, str]]
+    #: The first error among them that is suspicious. When no row was written, it may well be the
+    #: database that is in disorder, and not the rows that are bad.
+    doubt: LackingError | UnforeseenError | None = None
 
 
 class Unit(NamedTuple):
@@ -192,11 +210,26 @@ class Conversation(ABC):
         except LackingError as error:
             raise SchemaError(f"the ledger cannot be made: {error}", self.ddl()) from error
 
-    def begin(self, columns: Mapping[str, Rule]) -> Steps[Any]:
+    def begin(self, columns: Mapping[str, Rule]) -> Steps[Begun]:
         """See `Sink.begin`."""
         self.target.check(list(columns))
-        micros = yield from self.settled({}, lambda: self.look(columns))
-        return _units.moment(micros)
+        return (yield from self.settled({}, lambda: self._begin(columns)))
+
+    def _begin(self, columns: Mapping[str, Rule]) -> Steps[Begun]:
+        clock = _units.moment((yield from self.look(columns)))
+        ledger = yield from self.identity()
+        if not ledger:
+            # Of two at once, one waits here for the other.
+            yield from self.run(_IDENTIFY, secrets.token_bytes(16))
+            ledger = yield from self.identity()
+        if not ledger:
+            raise BusyError("somebody empties the ledger")
+        return Begun(clock, ledger)
+
+    def identity(self) -> Steps[str]:
+        """Return which ledger this is; "" when it has not been asked for before."""
+        found = yield from self.run(_IDENTITY)
+        return bytes(found.rows[0][0]).hex() if found.rows else ""
 
     def apply(self, chunk: Chunk) -> Steps[Applied]:
         """See `Sink.apply`."""
@@ -221,6 +254,9 @@ class Conversation(ABC):
         if status is not Status.APPLIED:
             return Applied(status)
         written = yield from self.write(rules, chunk.ids, chunk.values)
+        if written.doubt is not None and not written.rows:
+            # A trigger that is broken must not turn a whole table into dead letters.
+            raise raised(written.doubt) from written.doubt
         buried = yield from self._bury(chunk, written.refused)
         return Applied(Status.APPLIED, written.rows, buried)
 
@@ -376,12 +412,10 @@ class Conversation(ABC):
                 pass
             yield from self.database.transaction(self.look(rules), write=False)
             return (yield from self.database.transaction(body(), write=write))
-        except LackingError as error:
-            raise SchemaError(str(error)) from error
         except SlowError as error:
             raise UnavailableError(f"the database did not answer in time: {error}") from error
-        except RefusedError as error:
-            raise ServerError(f"{error.state or 'ERR'} {error.reason}") from error
+        except (LackingError, RefusedError, UnforeseenError) as error:
+            raise raised(error) from error
 
 
 def _units_of(rows: Sequence[tuple[Any, ...]]) -> tuple[list[Unit], int]:

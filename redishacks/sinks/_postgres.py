@@ -15,20 +15,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from types import ModuleType, TracebackType
-from typing import Any, TypeVar
+from types import ModuleType
+from typing import Any
 
 from redishacks._command import Steps
-from redishacks._drive import drive, drive_async
-from redishacks._sink import (
-    Applied,
-    Chunk,
-    ChunkId,
-    DeadLetter,
-    Reading,
-    Retried,
-    Rule,
-)
+from redishacks._sink import Chunk, ChunkId, Reading, Rule
 from redishacks.errors import UnavailableError, UsageError
 from redishacks.sinks._conversation import (
     UNKNOWN_ID,
@@ -40,6 +31,7 @@ from redishacks.sinks._conversation import (
     Written,
     merged,
 )
+from redishacks.sinks._facade import AsyncFacade, SyncFacade
 from redishacks.sinks._postgres_sql import (
     Column,
     Shape,
@@ -53,9 +45,16 @@ from redishacks.sinks._postgres_sql import (
     text_array,
 )
 from redishacks.sinks._target import BadIdError, Rows, Table, Target, identifier, make_target
-from redishacks.sinks._verdicts import RefusedError, SlowError
+from redishacks.sinks._verdicts import (
+    SUSPICIOUS,
+    LackingError,
+    RefusedError,
+    SlowError,
+    UnforeseenError,
+)
 
-T = TypeVar("T")
+#: So many rows refused by suspicious errors, and none written: then some others are tried.
+_SUSPECTS = 64
 
 #: Two sessions that make the tables at once would fail on PostgreSQL's own catalogue.
 _DDL_LOCK = 0x7265646973686163
@@ -88,7 +87,8 @@ SELECT pg_is_in_recovery(), {row},
      WHERE counter = ? AND id = ?),
     (SELECT json_agg(DISTINCT jsonb_build_array(batch, chunk))::text FROM {ledger}
      WHERE (batch, chunk) IN (SELECT * FROM unnest(?::text[], ?::integer[]))),
-    (SELECT json_agg(DISTINCT batch)::text FROM {ledger} WHERE batch = ANY(?::text[]))
+    (SELECT json_agg(DISTINCT batch)::text FROM {ledger} WHERE batch = ANY(?::text[])),
+    (SELECT encode(digest, 'hex') FROM {ledger} WHERE batch = '' AND chunk = -1)
 """
 
 # The catalogue
@@ -337,16 +337,17 @@ CREATE INDEX IF NOT EXISTS {_index_name(dead)} ON {identifier(*dead)} (counter, 
         statements = Statements(self.target, shape, rules)
         rows, refused = as_rows(self.target, shape, ids, values)
         pieces = [rows] if rows.at else []
-        count = 0
+        count = suspects = 0
+        doubt: LackingError | UnforeseenError | None = None
         sifted = False
         yield from self.run("SAVEPOINT redishacks")
         while pieces:
             piece = pieces.pop()
             try:
                 written, unknown = yield from self._attempt(statements, piece)
-            except (RefusedError, SlowError) as error:
+            except (RefusedError, SlowError, *SUSPICIOUS) as error:
                 yield from self.run("ROLLBACK TO SAVEPOINT redishacks")
-                if not sifted and isinstance(error, RefusedError):
+                if not sifted and not isinstance(error, SlowError):
                     sifted = True
                     yield from self.look(rules)
                     if self._shape != shape:  # the table has changed: these are not its types
@@ -358,10 +359,21 @@ CREATE INDEX IF NOT EXISTS {_index_name(dead)} ON {identifier(*dead)} (counter, 
                         continue
                 if len(piece.at) > 1:
                     pieces += reversed(piece.split())
-                elif isinstance(error, RefusedError):
-                    refused.append((piece.at[0], error.reason))
-                else:
+                    continue
+                if isinstance(error, SlowError):
                     raise UnavailableError(f"a single row took too long: {error}") from error
+                refused.append((piece.at[0], error.reason))
+                if isinstance(error, RefusedError):
+                    continue
+                doubt = doubt or error
+                suspects += 1
+                if (
+                    suspects == _SUSPECTS
+                    and not count
+                    and (yield from self._none_passes(statements, pieces))
+                ):
+                    refused += [(place, doubt.reason) for rest in pieces for place in rest.at]
+                    break
             else:
                 count += written
                 if self.target.unknown == "dead":
@@ -371,7 +383,20 @@ CREATE INDEX IF NOT EXISTS {_index_name(dead)} ON {identifier(*dead)} (counter, 
                     yield from self.database.run(
                         "RELEASE SAVEPOINT redishacks; SAVEPOINT redishacks"
                     )
-        return Written(count, refused)
+        return Written(count, refused, doubt)
+
+    def _none_passes(self, statements: Statements, pieces: Sequence[Rows]) -> Steps[bool]:
+        """Try some rows spread over these pieces; return whether all were refused. Writes none."""
+        places = [(piece, n) for piece in pieces for n in range(len(piece.at))]
+        for piece, n in places[:: len(places) // _SUSPECTS + 1]:
+            try:
+                written, _ = yield from self._attempt(statements, piece.take([n]))
+            except (RefusedError, SlowError, *SUSPICIOUS):
+                written = 0
+            yield from self.run("ROLLBACK TO SAVEPOINT redishacks")
+            if written:
+                return False
+        return True
 
     def _attempt(self, statements: Statements, rows: Rows) -> Steps[tuple[int, list[int]]]:
         """Write these rows; return how many were written, and the places of unknown ids."""
@@ -410,7 +435,7 @@ CREATE INDEX IF NOT EXISTS {_index_name(dead)} ON {identifier(*dead)} (counter, 
         arrays = [text_array(column) for column in rows.keys]
         try:
             found = yield from self.database.run(statements.sift(), [*arrays, *types])
-        except RefusedError:
+        except (RefusedError, *SUSPICIOUS):
             # A type with an input function that cannot fail softly.
             yield from self.run("ROLLBACK TO SAVEPOINT redishacks")
             return rows, []
@@ -469,7 +494,7 @@ CREATE INDEX IF NOT EXISTS {_index_name(dead)} ON {identifier(*dead)} (counter, 
             if row and error.state[:2] in ("22", "23"):
                 raise BadIdError(error.reason) from error
             raise
-        standby, *parts = found.rows[0]
+        standby, *parts, ledger = found.rows[0]
         if standby:
             raise UnavailableError("the PostgreSQL server is a hot standby, whose rows are old")
         values, letters, applied, begun = (json.loads(part) if part else [] for part in parts)
@@ -481,6 +506,7 @@ CREATE INDEX IF NOT EXISTS {_index_name(dead)} ON {identifier(*dead)} (counter, 
             merged(columns, letters),
             frozenset(ChunkId(batch, chunk) for batch, chunk in applied),
             frozenset(begun),
+            ledger or "",
         )
 
     def _row(self, shape: Shape, columns: Mapping[str, Rule], id: bytes) -> tuple[str, list[str]]:
@@ -531,7 +557,7 @@ def _conversation(
     return PostgresConversation(checked, driver.PsycopgDatabase(target, colour, settings))
 
 
-class PostgresSink:
+class PostgresSink(SyncFacade):
     """A `Sink` that writes to a PostgreSQL table.
 
     `target` is a DSN, a psycopg connection that is outside any transaction when the sink is
@@ -546,7 +572,8 @@ class PostgresSink:
 
     Raises `UsageError` for arguments that cannot work; connects at first use. One call at a time:
     calls from several threads wait for each other. A connection made from a DSN is closed by
-    `close()`, or at the end of a `with`.
+    `close()`, or at the end of a `with`. `begin()` takes six round trips, `apply()` five, `read()`
+    three.
     """
 
     def __init__(
@@ -563,88 +590,8 @@ class PostgresSink:
     ) -> None:
         self._steps = _conversation(target, False, table, key, columns, mode, unknown, ledger, dead)
 
-    def __repr__(self) -> str:
-        return f"<{type(self).__name__} {self.destination()}>"
 
-    def __enter__(self) -> PostgresSink:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
-
-    def destination(self) -> str:
-        """Return `postgresql table(key) counted=column`: no host, no secrets."""
-        return self._steps.destination()
-
-    def ddl(self) -> str:
-        """Return the SQL that makes the ledger and the dead-letter table, for migrations."""
-        return self._steps.ddl()
-
-    def create_ledger(self) -> None:
-        """Make both tables unless they exist; safe to call from many processes at once."""
-        drive(self._steps.create_ledger())
-
-    def begin(self, columns: Mapping[str, Rule]) -> Any:
-        """Check tables, columns, types, the unique index and grants; return the clock.
-
-        Four round trips. `SchemaError.ddl` is what would mend all that is missing.
-        """
-        return drive(self._steps.begin(columns))
-
-    def apply(self, chunk: Chunk) -> Applied:
-        """Write a chunk and its ledger row in one transaction; five round trips."""
-        return drive(self._steps.apply(chunk))
-
-    def applied(self, batch: str) -> frozenset[int]:
-        """Return which chunks of a batch are in the ledger."""
-        return drive(self._steps.applied(batch))
-
-    def read(
-        self,
-        counter: str,
-        columns: Mapping[str, Rule],
-        id: bytes,
-        chunks: Sequence[ChunkId],
-        batches: Sequence[str],
-    ) -> Reading:
-        """Read one id's row, dead letters and ledger entries in one statement."""
-        return drive(self._steps.read(counter, columns, id, chunks, batches))
-
-    def unsettled(self, counter: str) -> frozenset[str]:
-        """Return the batches in the ledger that are not marked as gone from Redis."""
-        return drive(self._steps.unsettled(counter))
-
-    def prune(self, counter: str, gone: frozenset[str]) -> int:
-        """Mark batches as gone; delete rows marked over 7 days ago; return how many."""
-        return drive(self._steps.prune(counter, gone))
-
-    def dead(self, counter: str | None = None, limit: int = 100) -> list[DeadLetter]:
-        """Return open dead letters, oldest first, of one counter or of all."""
-        return drive(self._steps.dead(counter, limit))
-
-    def dead_count(self, counter: str) -> int:
-        """Return how many open dead letters a counter has."""
-        return drive(self._steps.dead_count(counter))
-
-    def retry(self, counter: str, columns: Mapping[str, Rule]) -> Retried:
-        """Apply a counter's open dead letters again, a thousand in one transaction.
-
-        Each is deleted in the transaction that applies it; one that is refused again stays, with
-        the new reason. Letters that another session retries are left to it.
-        """
-        return drive(self._steps.retry(counter, columns))
-
-    def close(self) -> None:
-        """Close the connection made from a DSN; connections and pools stay the caller's."""
-        drive(self._steps.close())
-
-
-class AsyncPostgresSink:
+class AsyncPostgresSink(AsyncFacade):
     """`PostgresSink` for asyncio: a DSN, an `AsyncConnection` or an `AsyncConnectionPool`."""
 
     def __init__(
@@ -660,76 +607,3 @@ class AsyncPostgresSink:
         dead: Table = "redishacks_dead",
     ) -> None:
         self._steps = _conversation(target, True, table, key, columns, mode, unknown, ledger, dead)
-
-    def __repr__(self) -> str:
-        return f"<{type(self).__name__} {self.destination()}>"
-
-    async def __aenter__(self) -> AsyncPostgresSink:
-        return self
-
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        await self.aclose()
-
-    def destination(self) -> str:
-        """Name the target, as `PostgresSink.destination`."""
-        return self._steps.destination()
-
-    def ddl(self) -> str:
-        """Return the SQL that makes both tables, as `PostgresSink.ddl`."""
-        return self._steps.ddl()
-
-    async def create_ledger(self) -> None:
-        """Make both tables unless they exist."""
-        await drive_async(self._steps.create_ledger())
-
-    async def begin(self, columns: Mapping[str, Rule]) -> Any:
-        """Check the target and return the clock, as `PostgresSink.begin`."""
-        return await drive_async(self._steps.begin(columns))
-
-    async def apply(self, chunk: Chunk) -> Applied:
-        """Write a chunk and its ledger row in one transaction."""
-        return await drive_async(self._steps.apply(chunk))
-
-    async def applied(self, batch: str) -> frozenset[int]:
-        """Return which chunks of a batch are in the ledger."""
-        return await drive_async(self._steps.applied(batch))
-
-    async def read(
-        self,
-        counter: str,
-        columns: Mapping[str, Rule],
-        id: bytes,
-        chunks: Sequence[ChunkId],
-        batches: Sequence[str],
-    ) -> Reading:
-        """Read one id's row, dead letters and ledger entries in one statement."""
-        return await drive_async(self._steps.read(counter, columns, id, chunks, batches))
-
-    async def unsettled(self, counter: str) -> frozenset[str]:
-        """Return the batches in the ledger that are not marked as gone from Redis."""
-        return await drive_async(self._steps.unsettled(counter))
-
-    async def prune(self, counter: str, gone: frozenset[str]) -> int:
-        """Mark batches as gone, delete old rows, as `PostgresSink.prune`."""
-        return await drive_async(self._steps.prune(counter, gone))
-
-    async def dead(self, counter: str | None = None, limit: int = 100) -> list[DeadLetter]:
-        """Return open dead letters, oldest first, of one counter or of all."""
-        return await drive_async(self._steps.dead(counter, limit))
-
-    async def dead_count(self, counter: str) -> int:
-        """Return how many open dead letters a counter has."""
-        return await drive_async(self._steps.dead_count(counter))
-
-    async def retry(self, counter: str, columns: Mapping[str, Rule]) -> Retried:
-        """Apply a counter's open dead letters again, as `PostgresSink.retry`."""
-        return await drive_async(self._steps.retry(counter, columns))
-
-    async def aclose(self) -> None:
-        """Close the connection made from a DSN."""
-        await drive_async(self._steps.close())

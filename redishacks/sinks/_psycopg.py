@@ -28,6 +28,7 @@ from redishacks.sinks._verdicts import (
     RefusedError,
     Result,
     SlowError,
+    UnforeseenError,
 )
 
 T = TypeVar("T")
@@ -287,7 +288,7 @@ def verdict(error: psycopg.Error) -> Exception:
             return RefusedError(reason)
         if isinstance(error, psycopg.OperationalError | psycopg.InterfaceError):
             return UnavailableError(reason)
-        return ServerError(f"ERR {reason}")
+        return ServerError(f"ERR {reason}")  # of the driver: no row has anything to do with it
     kind = state[:2]
     if state == "57014":
         return SlowError(reason)
@@ -299,7 +300,7 @@ def verdict(error: psycopg.Error) -> Exception:
         return LackingError(reason)
     if kind in _DATA or not _defined(state):
         return RefusedError(reason, state)
-    return ServerError(f"{state} {reason}")
+    return UnforeseenError(reason, state)
 
 
 def _defined(state: str) -> bool:

@@ -22,21 +22,12 @@ import re
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from types import ModuleType, TracebackType
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from redishacks import _units
 from redishacks._command import Steps, call
-from redishacks._drive import drive
-from redishacks._sink import (
-    Applied,
-    Chunk,
-    ChunkId,
-    DeadLetter,
-    Reading,
-    Retried,
-    Rule,
-)
+from redishacks._sink import Chunk, ChunkId, Reading, Rule
 from redishacks.errors import SchemaError, ServerError, UnavailableError, UsageError
 from redishacks.sinks._conversation import (
     UNKNOWN_ID,
@@ -47,6 +38,7 @@ from redishacks.sinks._conversation import (
     Written,
     merged,
 )
+from redishacks.sinks._facade import SyncFacade
 from redishacks.sinks._target import (
     BadIdError,
     Rows,
@@ -58,10 +50,12 @@ from redishacks.sinks._target import (
     texts_of,
 )
 from redishacks.sinks._verdicts import (
+    SUSPICIOUS,
     BusyError,
     LackingError,
     RefusedError,
     Result,
+    UnforeseenError,
 )
 
 if TYPE_CHECKING:
@@ -368,7 +362,7 @@ def verdict(sqlite3: ModuleType, error: Exception, path: str | None) -> Exceptio
         lacking = ("no such", "has no column", "does not match any", "not authorized")
         if any(phrase in reason for phrase in lacking):
             return LackingError(reason)
-        return RefusedError(reason) if "overflow" in reason else ServerError(f"ERR {reason}")
+        return RefusedError(reason) if "overflow" in reason else UnforeseenError(reason)
     # No waiting makes a database of these.
     if primary == sqlite3.SQLITE_NOTADB:
         return LackingError(f"{path or 'the file'} is not a SQLite database")
@@ -597,7 +591,7 @@ CREATE TABLE IF NOT EXISTS {identifier(*dead)} (
         yield from self.run("SAVEPOINT redishacks")
         try:
             count = yield from call(self.database.execute_many, sql, flat)
-        except RefusedError:
+        except (RefusedError, *SUSPICIOUS):
             count = -1
         if count == len(flat):
             yield from self.run("RELEASE redishacks")
@@ -605,19 +599,20 @@ CREATE TABLE IF NOT EXISTS {identifier(*dead)} (
         if not self.database.in_transaction:
             raise _rolled_back()
         yield from self.run("ROLLBACK TO redishacks")
-        one_by_one = yield from call(self._one_by_one, shape, sql, flat)
-        refused += [(rows.at[place], reason) for place, reason in one_by_one]
-        written = len(flat) - len(one_by_one)
+        yield from self.look(rules)
+        if self._shape != shape:  # the table has changed: this is not its statement
+            return (yield from self.write(rules, ids, values))
+        tried = yield from call(self._one_by_one, shape, sql, flat)
+        refused += [(rows.at[place], reason) for place, reason in tried.refused]
         if self.target.unknown == "drop":
             refused = [(place, reason) for place, reason in refused if reason != UNKNOWN_ID]
-        return Written(written, refused)
+        return Written(tried.rows, refused, tried.doubt)
 
-    def _one_by_one(
-        self, shape: Shape, sql: str, rows: Sequence[tuple[Any, ...]]
-    ) -> list[tuple[int, str]]:
-        """Write rows one by one; return (place, reason) of those that are not written."""
+    def _one_by_one(self, shape: Shape, sql: str, rows: Sequence[tuple[Any, ...]]) -> Written:
+        """Write rows one by one; there is no journey to each, so all are tried."""
         execute = self.database.execute
         refused = []
+        doubt: LackingError | UnforeseenError | None = None
         for place, row in enumerate(rows):
             execute("SAVEPOINT one")
             try:
@@ -625,13 +620,15 @@ CREATE TABLE IF NOT EXISTS {identifier(*dead)} (
                     # A trigger may have written elsewhere before it let the row fall.
                     execute("ROLLBACK TO one")
                     refused.append((place, self._why(shape, row)))
-            except RefusedError as error:
+            except (RefusedError, *SUSPICIOUS) as error:
                 if not self.database.in_transaction:
                     raise _rolled_back() from error
                 execute("ROLLBACK TO one")
                 refused.append((place, error.reason))
+                if not isinstance(error, RefusedError):
+                    doubt = doubt or error
             execute("RELEASE one")
-        return refused
+        return Written(len(rows) - len(refused), refused, doubt)
 
     def _why(self, shape: Shape, row: tuple[Any, ...]) -> str:
         """Say why a statement that was not refused wrote no row; nobody else writes meanwhile."""
@@ -764,10 +761,11 @@ CREATE TABLE IF NOT EXISTS {identifier(*dead)} (
             merged(columns, letters.rows),
             frozenset(entered.intersection(chunks)),
             frozenset(chunk.batch for chunk in entered).intersection(batches),
+            (yield from self.identity()),
         )
 
 
-class SQLiteSink:
+class SQLiteSink(SyncFacade):
     """A `Sink` that writes to a SQLite table.
 
     `target` is the path of a file, or a `sqlite3.Connection` that is outside any transaction when
@@ -795,76 +793,7 @@ class SQLiteSink:
         self._database = SQLiteDatabase(target)
         self._steps = SQLiteConversation(checked, self._database)
 
-    def __repr__(self) -> str:
-        return f"<{type(self).__name__} {self.destination()}>"
-
-    def __enter__(self) -> SQLiteSink:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
-
-    def destination(self) -> str:
-        """Return `sqlite table(key) counted=column`."""
-        return self._steps.destination()
-
-    def ddl(self) -> str:
-        """Return the SQL that makes the ledger and the dead-letter table, for migrations."""
-        return self._steps.ddl()
-
     def create_ledger(self) -> None:
         """Make both tables, and the file, unless they exist; many processes may at once."""
         self._database.makes_file = True
-        drive(self._steps.create_ledger())
-
-    def begin(self, columns: Mapping[str, Rule]) -> Any:
-        """Check tables, columns, types and the unique index; return the clock."""
-        return drive(self._steps.begin(columns))
-
-    def apply(self, chunk: Chunk) -> Applied:
-        """Write a chunk and its ledger row in one transaction."""
-        return drive(self._steps.apply(chunk))
-
-    def applied(self, batch: str) -> frozenset[int]:
-        """Return which chunks of a batch are in the ledger."""
-        return drive(self._steps.applied(batch))
-
-    def read(
-        self,
-        counter: str,
-        columns: Mapping[str, Rule],
-        id: bytes,
-        chunks: Sequence[ChunkId],
-        batches: Sequence[str],
-    ) -> Reading:
-        """Read one id's row, dead letters and ledger entries in one snapshot."""
-        return drive(self._steps.read(counter, columns, id, chunks, batches))
-
-    def unsettled(self, counter: str) -> frozenset[str]:
-        """Return the batches in the ledger that are not marked as gone from Redis."""
-        return drive(self._steps.unsettled(counter))
-
-    def prune(self, counter: str, gone: frozenset[str]) -> int:
-        """Mark batches as gone; delete rows marked over 7 days ago; return how many."""
-        return drive(self._steps.prune(counter, gone))
-
-    def dead(self, counter: str | None = None, limit: int = 100) -> list[DeadLetter]:
-        """Return open dead letters, oldest first, of one counter or of all."""
-        return drive(self._steps.dead(counter, limit))
-
-    def dead_count(self, counter: str) -> int:
-        """Return how many open dead letters a counter has."""
-        return drive(self._steps.dead_count(counter))
-
-    def retry(self, counter: str, columns: Mapping[str, Rule]) -> Retried:
-        """Apply a counter's open dead letters again, each exactly once."""
-        return drive(self._steps.retry(counter, columns))
-
-    def close(self) -> None:
-        """Close the file; a connection stays the caller's."""
-        drive(self._steps.close())
+        super().create_ledger()
