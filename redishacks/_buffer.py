@@ -5,7 +5,9 @@ with no lock that a handler could wait for. A send drains the deques into dictio
 into parts, freezes them, and says each part with a fence, (producer, sequence number), that the
 script on the server checks: a part whose reply was lost is sent again as it was and counts once.
 
-One part per partition is outstanding at a time; newer hits wait for the next. No I/O here.
+One part per partition is outstanding at a time; newer hits wait for the next. A forked child gets
+another buffer: even code that a signal handler's fork interrupted cannot mix up what is whose. No
+I/O here.
 """
 
 from __future__ import annotations
@@ -91,23 +93,26 @@ class Buffer:
         self._on_maybe_applied = on_maybe_applied
         self.ones: deque[str] = deque()
         self.others: deque[tuple[bytes, Amounts]] = deque()
-        self.reset()
-
-    def reset(self) -> None:
-        """Begin empty, as a new producer: at first, and in a forked child."""
-        self.ones.clear()
-        self.others.clear()
         self._merging = threading.Lock()
         self._counts: Counter[str] = Counter()
         self._merged: dict[bytes, list[int | None]] = {}
         self._frozen: dict[int, deque[_Part]] = {}
-        self._producer = self._new_id()
+        self._producer = new_id()
         self._sequences: dict[int, int] = {}
         self._defined = False
+        #: The copy that a forked child has of its parent's buffer: the parent sends it.
+        self.forked = False
         #: Hits the log may hold; 0 makes the next hit ask for room.
         self.room = 0
         #: Why the last send failed.
         self.error: RedisHacksError | None = None
+
+    def after_fork(self) -> Buffer:
+        """Return what a forked child begins with: an empty buffer, a producer of its own."""
+        self.forked = True
+        return Buffer(
+            self._batcher, self._new_id, self._max, self._on_refused, self._on_maybe_applied
+        )
 
     def held(self) -> int:
         """Return how many ids are held at most, frozen ones included."""
@@ -129,7 +134,8 @@ class Buffer:
 
     def _merge(self) -> None:
         # Never waited for: a signal handler may have interrupted its holder.
-        if not self._merging.acquire(blocking=False):
+        merging = self._merging
+        if not merging.acquire(blocking=False):
             return
         try:
             # Bounded, or fast producers would keep it here for ever; counted in C. Only the holder
@@ -143,7 +149,7 @@ class Buffer:
                 else:
                     self._batcher.merge(into, amounts)
         finally:
-            self._merging.release()
+            merging.release()
 
     def _freeze(self) -> None:
         """Cut what is held into parts that stay as they are until answered.
@@ -185,9 +191,18 @@ class Buffer:
     def send(self) -> Steps[None]:
         """Send what is held; on an error what was not answered stays frozen.
 
-        Raises what a transport raises, and `UsageError` when the counter is laid out otherwise.
+        Raises what a transport raises, and `UsageError` when the counter is laid out otherwise. In
+        the child of a fork it sends nothing more and raises nothing.
         """
-        if not self.held():
+        try:
+            yield from self._send()
+        except RedisHacksError as error:
+            if not self.forked:
+                self._failed(error)
+                raise
+
+    def _send(self) -> Steps[None]:
+        if self.forked or not self.held():
             return
         if not self._defined:
             yield from self._batcher.agree()
@@ -207,7 +222,8 @@ class Buffer:
         failed: dict[int, Exception] = {}
         while True:
             lanes = [(p, lane[0]) for p, lane in self._frozen.items() if p not in failed]
-            if not lanes:
+            # Asked here: what a child that is forked from now on sends too is frozen and fenced.
+            if not lanes or self.forked:
                 return next(iter(failed.values()), None)
             outcomes = yield from ask_all(
                 [
@@ -215,6 +231,8 @@ class Buffer:
                     for p, part in lanes
                 ]
             )
+            if self.forked:
+                return None
             for (p, part), outcome in zip(lanes, outcomes, strict=True):
                 if outcome.error is None:
                     self._answered(p, part, outcome.result())
@@ -240,7 +258,7 @@ class Buffer:
             _log.error("refused for good: id %r, amounts %r: %s", *refused)
             _tell(self._on_refused, refused)
 
-    def failed(self, error: RedisHacksError) -> None:
+    def _failed(self, error: RedisHacksError) -> None:
         """Note a failed send; what has been in doubt for too long is given up and reported."""
         self.error = error
         self.room = 0

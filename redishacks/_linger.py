@@ -2,7 +2,8 @@
 
 `Coalescer` sends from a thread, `AsyncCoalescer` from a task. What a SIGKILL loses is what was not
 sent: the hits of the last `linger` seconds plus the time that sends were failing. A forked child
-begins empty, as a producer of its own.
+begins empty, as a producer of its own. A hit that comes when there is nobody left to send it, after
+the last send at exit, is sent by who counted it.
 """
 
 from __future__ import annotations
@@ -17,12 +18,16 @@ import threading
 import time
 import weakref
 from abc import ABC, abstractmethod
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar, TypeVarTuple
 
 from redishacks._buffer import Amounts, Buffer
 from redishacks._drive import AsyncTransport, Transport, drive, drive_async
 from redishacks._units import seconds
 from redishacks.errors import MaybeAppliedError, RedisHacksError, UnavailableError, UsageError
+
+Args = TypeVarTuple("Args")
+Result = TypeVar("Result")
 
 #: Pause after a failed send, at least and at most.
 PAUSES = (0.05, 1.0)
@@ -37,31 +42,38 @@ class _Sender(ABC):
         if overflow not in ("raise", "block"):
             raise UsageError(f"overflow must be 'raise' or 'block', not {overflow!r}")
         self.buffer = buffer
-        #: No hit is taken any more; one that came in between has to be sent by who counted it.
+        #: Nobody will send what comes now: who counted it has to.
         self.closed = False
+        self._refusing = False
         self._linger = linger
         self._deadline = deadline
         self._block = overflow == "block"
         self._abandoned = False
         self._pause = linger
-        _made.add(self)
+        _registry.know(self)
 
     def _begin(self) -> None:
         """See that hits are sent at exit, whoever still holds the counter then."""
-        _register(self)
+        if _registry.hold(self):
+            self.closed = True
+
+    def _shut(self) -> None:
+        """From now on a hit is sent by who counts it."""
+        self.closed = True
+        self.buffer.room = 0
 
     def _end(self) -> None:
         """Nobody counts here any more: forget it when nothing is left to be sent."""
         if not self.buffer.held():
-            _live.discard(self)
+            _registry.release(self)
 
     def after_fork(self) -> None:
         """Begin empty in a child: the parent sends what it buffered."""
-        self.buffer.reset()
+        self.buffer = self.buffer.after_fork()
 
     @abstractmethod
-    def close(self) -> None:
-        """Send the rest, at interpreter exit at the latest."""
+    def exit(self) -> None:
+        """Send the rest, in this thread: the interpreter is exiting."""
 
     def _judge(self, error: Exception | None) -> bool:
         """Take note of a send of the background; return whether to go on."""
@@ -79,11 +91,16 @@ class _Sender(ABC):
         )
         return True
 
-    def _has_room(self) -> bool:
+    def _check_open(self) -> None:
+        if self._refusing:
+            raise UsageError("it is closed and counts no more")
+
+    def _has_room(self, buffer: Buffer) -> bool:
         """Make room in the log; raises when the counter cannot be used at all."""
-        if isinstance(self.buffer.error, UsageError):
-            raise self.buffer.error
-        return self.buffer.make_room()
+        if isinstance(buffer.error, UsageError):
+            raise buffer.error
+        # In the child of a fork that interrupted it the hit is the parent's.
+        return buffer.forked or buffer.make_room()
 
     def _wait_longer(self, end: float) -> None:
         """Raise unless a full buffer is worth waiting for.
@@ -121,31 +138,35 @@ class Coalescer(_Sender):
 
     def add(self, raw: bytes, amounts: Amounts) -> None:
         """Take one hit, or raise `UnavailableError` with the hit not taken."""
-        if self.buffer.tight():
+        buffer = self.buffer  # a hit under way at a fork is the parent's
+        if buffer.tight():
             self.make_room()
-        self.buffer.others.append((raw, amounts))
-        if self.closed:  # meanwhile: nobody else would send it
-            self.close()
+        buffer.others.append((raw, amounts))
+        if self.closed:
+            self.send_late()
 
     def make_room(self) -> None:
         """Make sure of a sender and of room in the log, or raise `UnavailableError`."""
-        if self.closed:
-            raise UsageError("it is closed and counts no more")
+        self._check_open()
+        buffer = self.buffer
         if self._thread is None:
             self._start()
         end = time.monotonic() + self._deadline
-        while not self._has_room():
+        while not self._has_room(buffer):
             self._nudge()
             self._wait_longer(end)
             time.sleep(0.001)
 
     def _start(self) -> None:
-        self._begin()
         thread = threading.Thread(target=self._work, name="redishacks-linger", daemon=True)
         self._thread = thread
+        # After that: a child that is forked in between finds no thread and begins again.
+        self._begin()
+        if self.closed:
+            return
         try:
             thread.start()
-        except RuntimeError:  # the interpreter is exiting: close() will send
+        except RuntimeError:  # the interpreter is exiting: exit() will send
             self._thread = None
 
     def _nudge(self) -> None:
@@ -165,24 +186,36 @@ class Coalescer(_Sender):
 
     def send(self) -> None:
         """Send all that is buffered now; raises when it could not, and keeps it."""
+        buffer, sending = self.buffer, self._sending  # a fork replaces both
         # Bounded: a signal handler may send while its thread is in here.
-        if not self._sending.acquire(timeout=2 * self._deadline):
+        if not sending.acquire(timeout=2 * self._deadline):
+            if buffer.forked:
+                return
             raise UnavailableError("another send of this counter is under way; try again later")
         try:
-            drive(self.buffer.send(), self._transport, self._deadline)
-        except RedisHacksError as error:
-            self.buffer.failed(error)
-            raise
+            drive(buffer.send(), self._transport, self._deadline)
         finally:
-            self._sending.release()
+            sending.release()
+
+    def send_late(self) -> None:
+        """Send a hit that was taken when nobody else would send it."""
+        with _taken():
+            self._finish()
 
     def close(self) -> None:
         """Send the rest and stop; raises when it could not be sent within the deadline.
 
         Called again, it tries again to send what could not be sent.
         """
-        self.closed = True
-        self.buffer.room = 0
+        self._refusing = True
+        self._finish()
+
+    def exit(self) -> None:
+        """Send the rest, in this thread: the interpreter is exiting."""
+        self._finish()
+
+    def _finish(self) -> None:
+        self._shut()
         self._nudge()
         end = time.monotonic() + self._deadline
         while self.buffer.held():
@@ -226,24 +259,26 @@ class AsyncCoalescer(_Sender):
 
     async def add(self, raw: bytes, amounts: Amounts) -> None:
         """Take one hit, or raise `UnavailableError` with the hit not taken."""
-        if self.buffer.tight() or self.loop is not asyncio.get_running_loop():
+        buffer = self.buffer  # a hit under way at a fork is the parent's
+        if buffer.tight() or self.loop is not asyncio.get_running_loop():
             await self.make_room()
-        self.buffer.others.append((raw, amounts))
-        if self.closed:  # while waiting for room: nobody else would send it
-            await self.aclose()
+        buffer.others.append((raw, amounts))
+        if self.closed:
+            with _taken():
+                await self._finish()
 
     async def make_room(self) -> None:
         """Make sure of a sender on this loop and of room, or raise `UnavailableError`."""
-        if self.closed:
-            raise UsageError("it is closed and counts no more")
-        loop = asyncio.get_running_loop()
+        self._check_open()
+        buffer, loop = self.buffer, asyncio.get_running_loop()
         if self.loop is not loop:
             self._settle(loop)
         if self._task is None or self._task.done():
             self._begin()
-            self._task = loop.create_task(self._work(), name="redishacks-linger")
+            if not self.closed:
+                self._task = loop.create_task(self._work(), name="redishacks-linger")
         end = time.monotonic() + self._deadline
-        while not self._has_room():
+        while not self._has_room(buffer):
             self._wake.set()
             self._wait_longer(end)
             await asyncio.sleep(0.001)
@@ -272,16 +307,22 @@ class AsyncCoalescer(_Sender):
     async def send(self) -> None:
         """Send all that is buffered now; raises when it could not, and keeps it."""
         async with self._sending:
-            try:
-                await drive_async(self.buffer.send(), self._transport, self._deadline)
-            except RedisHacksError as error:
-                self.buffer.failed(error)
-                raise
+            await drive_async(self.buffer.send(), self._transport, self._deadline)
 
     async def aclose(self) -> None:
         """Send the rest and stop; raises when it could not be sent within the deadline."""
-        self.closed = True
-        self.buffer.room = 0
+        self._refusing = True
+        await self._finish()
+
+    def exit(self) -> None:
+        """Send the rest, in this thread: the interpreter is exiting."""
+        self._shut()
+        if self.buffer.held():
+            with asyncio.Runner(loop_factory=_LastLoop) as runner:
+                runner.run(self._finish())
+
+    async def _finish(self) -> None:
+        self._shut()
         if self.loop is not asyncio.get_running_loop():
             self._settle(asyncio.get_running_loop())
         self._wake.set()
@@ -295,11 +336,6 @@ class AsyncCoalescer(_Sender):
                 await asyncio.sleep(PAUSES[0])
         self._end()
 
-    def close(self) -> None:
-        """Send the rest at interpreter exit, on a loop of its own."""
-        if self.buffer.held():
-            asyncio.run(self.aclose())
-
     def abandon(self) -> None:
         """Stop after the next good send, without waiting for it: the counter is garbage."""
         self._abandoned = True
@@ -307,6 +343,33 @@ class AsyncCoalescer(_Sender):
         if self.loop is not None and not self.loop.is_closed():
             with contextlib.suppress(RuntimeError):
                 self.loop.call_soon_threadsafe(self._wake.set)
+
+
+class _LastLoop(asyncio.SelectorEventLoop):
+    """Calls functions in its own thread, as no other can be started while the interpreter exits.
+
+    It is the resolver of host names that asyncio calls in another one.
+    """
+
+    def run_in_executor(
+        self, executor: Any, func: Callable[[*Args], Result], *args: *Args
+    ) -> asyncio.Future[Result]:
+        """Call it now."""
+        done = self.create_future()
+        try:
+            done.set_result(func(*args))
+        except Exception as error:
+            done.set_exception(error)
+        return done
+
+
+@contextlib.contextmanager
+def _taken() -> Iterator[None]:
+    """A hit that stays buffered must not be counted again by a caller who is told to try again."""
+    try:
+        yield
+    except UnavailableError as error:
+        raise MaybeAppliedError(f"the hit came too late for anybody to send it: {error}") from error
 
 
 def check_linger(linger: Any) -> float:
@@ -317,38 +380,63 @@ def check_linger(linger: Any) -> float:
     return value
 
 
-# The registry: who begins empty in a forked child, and who sends at exit. The second is held, since
-# a counter may be garbage before its last hits are sent.
+class _Registry:
+    """Who begins empty in a forked child, and who sends at exit."""
 
-_made: weakref.WeakSet[_Sender] = weakref.WeakSet()
-_live: set[_Sender] = set()
+    def __init__(self) -> None:
+        self._known: weakref.WeakSet[_Sender] = weakref.WeakSet()
+        # Held, since a counter may be garbage before its last hits are sent.
+        self._held: set[_Sender] = set()
+        self._exiting = False
+        self._watching = False
+        self._watching_process = False
+
+    def know(self, sender: _Sender) -> None:
+        """Tell it about a fork."""
+        self._known.add(sender)
+        if not self._watching:
+            self._watching = True
+            os.register_at_fork(after_in_child=self._after_fork)
+            # Not at the first hit: that may come while exit handlers run, too late to add one.
+            atexit.register(self._exit)
+
+    def hold(self, sender: _Sender) -> bool:
+        """Let it send at exit; return whether exit has come before."""
+        self._held.add(sender)
+        if not self._watching_process and "multiprocessing.util" in sys.modules:
+            from multiprocessing.util import register_after_fork
+
+            # A child forgets its finalizers when it begins, after a spawned one has imported.
+            register_after_fork(self, _Registry._watch_process)
+            self._watch_process()
+        return self._exiting
+
+    def release(self, sender: _Sender) -> None:
+        """Forget it: nothing is left to be sent."""
+        self._held.discard(sender)
+
+    def _watch_process(self) -> None:
+        # Children of multiprocessing end by os._exit(), which skips atexit.
+        from multiprocessing.util import Finalize
+
+        Finalize(None, self._exit, exitpriority=10)
+        self._watching_process = True
+
+    def _exit(self) -> None:
+        # First: a sender that is not held yet will see it.
+        self._exiting = True
+        for sender in list(self._held):
+            try:
+                sender.exit()
+            except Exception as error:
+                _log.error("hits were lost at exit, %d ids: %s", sender.buffer.held(), error)
+
+    def _after_fork(self) -> None:
+        for sender in list(self._known):
+            sender.after_fork()
+        # What the child counts is held anew, with its own way of ending.
+        self._held.clear()
+        self._watching_process = False
 
 
-def _register(sender: _Sender) -> None:
-    if not _live:
-        atexit.unregister(_close_all)
-        atexit.register(_close_all)
-        if "multiprocessing.util" in sys.modules:
-            # Children of multiprocessing end by os._exit(), which skips atexit.
-            from multiprocessing.util import Finalize
-
-            Finalize(None, _close_all, exitpriority=10)
-    _live.add(sender)
-
-
-def _close_all() -> None:
-    for sender in list(_live):
-        try:
-            sender.close()
-        except Exception as error:
-            _log.error("hits were lost at exit, %d ids: %s", sender.buffer.held(), error)
-
-
-def _after_fork() -> None:
-    for sender in list(_made):
-        sender.after_fork()
-    # What the child counts registers anew, with its own way of ending.
-    _live.clear()
-
-
-os.register_at_fork(after_in_child=_after_fork)
+_registry = _Registry()

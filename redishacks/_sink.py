@@ -45,6 +45,8 @@ class Chunk(NamedTuple):
     digest: bytes
     #: The database's clock, as `Sink.begin` gave it, before the batch was read from Redis.
     read_at: Any
+    #: The only ledger it may be entered into, as `Sink.begin` gave it.
+    ledger: str
 
 
 class Begun(NamedTuple):
@@ -68,7 +70,7 @@ class Status(StrEnum):
     CONFLICT = "conflict"
     #: Another transaction holds it or its rows: try again after other chunks.
     BUSY = "busy"
-    #: Read from Redis over a day ago: read it again.
+    #: Read from Redis over a day ago, or the ledger is not the one it is for: begin again.
     STALE = "stale"
 
 

@@ -63,15 +63,15 @@ class Colour:
             return Facade(AsyncBufferedCounter(client, name, **options), self._runner)
         return BufferedCounter(client, name, **options)
 
-    def sink(self, url: str) -> Any:
+    def sink(self, url: str, table: str = "pages") -> Any:
         """Return a sink of pages, open until `close`."""
         sink: Any
         if self._runner and url.startswith("postgresql"):
             columns = {"amount": "hits"}
-            sink = AsyncPostgresSink(url, table="pages", key="path", columns=columns)
+            sink = AsyncPostgresSink(url, table=table, key="path", columns=columns)
             self._opened.append(Facade(sink, self._runner))
         else:
-            sink = make_sink(url)
+            sink = make_sink(url, table=table)
             self._opened.append(sink)
         return sink
 

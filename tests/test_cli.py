@@ -548,6 +548,11 @@ def test_an_emptied_ledger(app: App) -> None:
         assert "rebind()" in done.stderr
     done = app.run("doctor", "myapp:jobs")
     assert "WRONG    ledger: the counter is bound to another ledger" in done.stdout
+    status = app.run("status", "myapp:jobs")
+    assert (status.returncode, status.stdout.count("bound to another")) == (0, 1)
+    assert [found["elsewhere"] for found in objects(app.run("status", "myapp:jobs", "--json"))] == [
+        True
+    ]
     assert app.rows() == {"/a": 1}
 
 
@@ -603,7 +608,7 @@ def test_status(app: App) -> None:
     assert 0 <= found.pop("oldest") < 60
     assert found == {
         "counter": f"{app.prefix}:hits", "pending_ids": 2, "pending_amount": {"amount": -3},
-        "batches": [], "last_flush": None, "dead": 0, "known": True,
+        "batches": [], "last_flush": None, "dead": 0, "known": True, "elsewhere": False,
     }  # fmt: skip
     app.run("flush", "myapp:jobs")
     shown = app.run("status", "myapp:jobs")

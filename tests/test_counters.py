@@ -145,6 +145,37 @@ def test_refuses_amounts(
     hits.close()
 
 
+@pytest.mark.parametrize("many", [[("a", 1)], {"a"}, "ab", None, {"a": None}, {"b": 1, "a": 1.0}])
+@pytest.mark.parametrize("linger", [None, 0.1])
+def test_refuses_what_is_no_mapping_to_amounts(
+    colour: Colour, client: Any, prefix: str, many: Any, linger: float | None
+) -> None:
+    """`incr_many` says what it accepts, and counts nothing of what it does not."""
+    hits = colour.counter(client, "hits", prefix=prefix, linger=linger)
+    with pytest.raises(
+        UsageError, match="an amount is" if isinstance(many, dict) else "a mapping of"
+    ):
+        hits.incr_many(many)
+    hits.close()
+    assert hits.top() == []
+
+
+def test_a_mapping_may_change_meanwhile(colour: Colour, client: Any, prefix: str) -> None:
+    """`incr_many` counts the hits as they were when it was called."""
+
+    class Id(str):
+        """An id whose encoding changes the mapping, as another thread might."""
+
+        def encode(self, *args: Any) -> bytes:
+            many["new"] = 1
+            return super().encode(*args)
+
+    many: dict[str, int] = {"a": 1, Id("b"): 2}
+    hits = colour.counter(client, "hits", prefix=prefix)
+    hits.incr_many(many)
+    assert hits.top() == [("b", 2), ("a", 1)]
+
+
 def test_sums_are_exact_to_2_53(colour: Colour, client: Any, prefix: str) -> None:
     """What would pass 2^53 in either direction is refused whole, never rounded."""
     hits = colour.counter(client, "hits", prefix=prefix)
@@ -382,10 +413,13 @@ def test_no_key_of_a_count_expires(
 ) -> None:
     """Only a producer's fence has a TTL; what must reach SQL, or says how, has none."""
     hits = colour.counter(client, "hits", prefix=prefix, linger=0.05)
-    hits.incr("/a")
-    hits.send()
     job = colour.job(hits, sink)
-    assert job.value("/a") == 1
+    for times in (1, 2):
+        hits.incr("/a")
+        hits.send()
+        assert job.value("/a") == times
+        if times == 1:
+            job.run()
     ttls = {key: raw.ttl(key) for key in raw.keys(f"{prefix}:*")}
     assert len(ttls) == 5
     for key, ttl in ttls.items():

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import redis
 
-from redishacks._sink import Applied, Begun, Chunk, Status
-from redishacks.counters import BufferedCounter
+from redishacks._sink import Applied, Begun, Chunk, Reading, Status
+from redishacks.counters import BufferedCounter, FlushJob, flush
 from redishacks.errors import SchemaError, ServerError, UnavailableError, UsageError
 from tests.helpers import Colour, MemorySink
-from tests.workers import Database
+from tests.workers import Database, make_sink
 
 IDS = {f"/{i}": i + 1 for i in range(7)}
 CHUNK = 3
@@ -192,13 +192,13 @@ def test_a_claim_beside_rebind_keeps_the_destination(
     hits.incr_many({f"/{i}": 1 for i in range(40)})
     forget = hits.layout.forget_destination
 
-    def late(known: Any) -> Any:
+    def late(*known: Any) -> Any:
         hits.layout.forget_destination = forget
         with BufferedCounter(valkey.url, "hits", prefix=prefix, partitions=4) as other:
             state: Any = other.transport.call(other.layout.state(1), 1.0)
             claim = other.layout.claim(1, state.next, 10, ours.sink.destination(), state.ledger)
             assert other.transport.call(claim, 1.0)
-        return forget(known)
+        return forget(*known)
 
     hits.layout.forget_destination = late
     with pytest.raises(UsageError, match="batches in flight"):
@@ -218,7 +218,7 @@ def test_forgetting_sees_a_batch_claimed_meanwhile(valkey: Any, prefix: str) -> 
         job.run()
     (batch,) = (batch.id for batch in job.status().batches)
     for known, done in (["other"], 0), ([], 0), (["other", batch], 1):
-        (forget,) = job.layout.forget_destination(known)
+        (forget,) = job.layout.forget_destination(known, "memory", "")
         assert hits.transport.call(forget, 1.0) == done
 
 
@@ -254,7 +254,7 @@ class Sleeper(MemorySink):
 
     def __init__(self) -> None:
         super().__init__()
-        self.names = iter(["one", "other"])
+        self.names = itertools.chain(["one"], itertools.repeat("other"))
 
     def begin(self, columns: Any) -> Begun:
         """Begin."""
@@ -272,6 +272,169 @@ def test_a_ledger_emptied_under_a_run_ends_it(colour: Colour, hits: Any) -> None
     with pytest.raises(UnavailableError, match="has been changed while a run"):
         job.run()
     assert len(job.status().batches) == 1
+
+
+def test_a_ledger_emptied_between_two_chunks(colour: Colour, hits: Any, database: Database) -> None:
+    """A run does not go on in a ledger that lost what it knew: another one may have begun there."""
+    job = colour.job(hits, colour.sink(database.url), chunk=CHUNK)
+    hits.incr_many(IDS)
+    leave_a_batch(job, 2)
+    before = database.shown()
+    apply = job.sink._steps.apply
+
+    def late(chunk: Chunk) -> Any:
+        job.sink._steps.apply = apply
+        database.run("DELETE FROM redishacks_ledger")
+        with make_sink(database.url) as other:
+            other.begin({})
+        return apply(chunk)
+
+    job.sink._steps.apply = late
+    with pytest.raises(UnavailableError, match="has been changed while a run"):
+        job.run()
+    assert database.shown() == before
+    with pytest.raises(UsageError, match="another ledger"):
+        job.run()
+    job.rebind(bury=True)
+    assert job.run().dead == len(IDS)
+    assert database.shown() == before
+
+
+@pytest.mark.parametrize("marked", [False, True], ids=["old", "marked"])
+@pytest.mark.parametrize("same", [False, True], ids=["databases", "tables"])
+def test_a_run_leaves_the_batches_of_another_binding(
+    colour: Colour, valkey: Any, databases: tuple[Database, Database], prefix: str,
+    raw: redis.Redis, same: bool, marked: bool,
+) -> None:  # fmt: skip
+    """Bound anew while a run looks, and claimed: the run does not write that batch elsewhere."""
+    one, other = (databases[0], databases[0]) if same else databases
+    hits = colour.counter(valkey.url, "hits", prefix=prefix)
+    ours = colour.job(hits, colour.sink(one.url))
+    hits.incr("/old")
+    ours.run()
+    table = "others" if same else "pages"
+    if same:
+        one.run("CREATE TABLE others (path text PRIMARY KEY, hits bigint)")
+    with (
+        BufferedCounter(valkey.url, "hits", prefix=prefix) as counter,
+        make_sink(other.url, table=table) as sink,
+    ):
+        theirs = FlushJob(counter, sink, chunk=CHUNK)
+        states = hits.layout.states
+
+        def late() -> Any:
+            hits.layout.states = states
+            counter.incr_many(IDS)
+            theirs.rebind()
+            leave_a_batch(theirs, 1)
+            if not marked:  # as one that was claimed before batches said where they go
+                for batch in theirs.status().batches:
+                    raw.hdel(f"{prefix}:c1:{{hits/0}}:b:{batch.id}", "destination", "ledger")
+            return states()
+
+        hits.layout.states = late
+        with pytest.raises(UsageError, match="others" if same else "another ledger"):
+            ours.run()
+        assert one.shown() == {"/old": 1}
+        assert theirs.run().rows == len(IDS) - CHUNK
+        assert dict(other.run(f"SELECT path, hits FROM {table}")) == IDS
+
+
+def test_a_buried_batch_goes_only_where_it_is_known(
+    colour: Colour, valkey: Any, databases: tuple[Database, Database], prefix: str
+) -> None:
+    """A run that has seen a batch before it was buried elsewhere does not apply it."""
+    one, other = databases
+    hits = colour.counter(valkey.url, "hits", prefix=prefix)
+    ours = colour.job(hits, colour.sink(one.url))
+    hits.incr_many(IDS)
+    leave_a_batch(ours)
+    with (
+        BufferedCounter(valkey.url, "hits", prefix=prefix) as counter,
+        make_sink(other.url) as sink,
+    ):
+        theirs = FlushJob(counter, sink)
+        batch = hits.layout.batch
+
+        def late(*args: Any) -> Any:
+            hits.layout.batch = batch
+            theirs.rebind(bury=True)
+            return batch(*args)
+
+        hits.layout.batch = late
+        with pytest.raises(UsageError, match="another ledger"):
+            ours.run()
+        assert one.shown() == {}
+        with pytest.raises(UsageError, match="another ledger"):  # it has bound the counter
+            ours.run()
+        theirs.rebind(bury=True)
+        assert theirs.run().dead == len(IDS)
+    assert one.shown() == other.shown() == {}
+
+
+# Readers
+
+
+def test_a_reader_writes_nothing(
+    colour: Colour, hits: Any, database: Database, prefix: str, raw: redis.Redis
+) -> None:
+    """A value before the first flush binds the counter to nothing; the right job's run does."""
+    database.run("CREATE TABLE others (path text PRIMARY KEY, hits bigint)")
+    reader, ours = (colour.job(hits, colour.sink(database.url, t)) for t in ("others", "pages"))
+    assert reader.value("/a") == 0
+    assert raw.keys(f"{prefix}:*") == []
+    hits.incr("/a", 2)
+    before = {key: raw.dump(key) for key in raw.keys(f"{prefix}:*")}
+    assert reader.value("/a") == 2
+    assert {key: raw.dump(key) for key in raw.keys(f"{prefix}:*")} == before
+    ours.run()
+    assert ours.value("/a") == 2
+    with pytest.raises(UsageError, match=r"destination = \w+ pages.* says \w+ others"):
+        reader.value("/a")
+
+
+def test_a_reader_notices_another_table(colour: Colour, hits: Any, database: Database) -> None:
+    """Bound anew to another table of the same database: a job of before says so, no old figure."""
+    database.run("CREATE TABLE others (path text PRIMARY KEY, hits bigint)")
+    before, after = (colour.job(hits, colour.sink(database.url, t)) for t in ("pages", "others"))
+    hits.incr("/a", 5)
+    before.run()
+    assert before.value("/a") == 5
+    assert (before.status().elsewhere, after.status().elsewhere) == (False, True)
+    after.rebind()
+    hits.incr("/a", 7)
+    after.run()
+    assert after.value("/a") == 7
+    with pytest.raises(UsageError, match="others"):
+        before.value("/a")
+    assert (before.status().elsewhere, after.status().elsewhere) == (True, False)
+
+
+def test_status_tells_of_another_ledger(
+    colour: Colour, hits: Any, databases: tuple[Database, Database]
+) -> None:
+    """It looks on: the other ledger gets no identity by it, and what is missing is no error."""
+    ours, theirs = (colour.job(hits, colour.sink(database.url)) for database in databases)
+    assert not theirs.status().elsewhere
+    ours.run()
+    assert (ours.status().elsewhere, theirs.status().elsewhere) == (False, True)
+    assert databases[1].run("SELECT * FROM redishacks_ledger") == []
+    databases[1].run("DROP TABLE pages")
+    assert not colour.job(hits, colour.sink(databases[1].url)).status().elsewhere
+
+
+def test_a_first_flush_beside_a_reader(colour: Colour, valkey: Any, prefix: str) -> None:
+    """What the reader saw as pending, in a batch that had no name yet, is not counted twice."""
+
+    class Late(MemorySink):
+        def read(self, *args: Any) -> Reading:
+            with BufferedCounter(valkey.url, "hits", prefix=prefix) as counter:
+                FlushJob(counter, self).run()
+            return super().read(*args)
+
+    hits = colour.counter(valkey.url, "hits", prefix=prefix)
+    hits.incr("/a")
+    assert colour.job(hits, Late()).value("/a") == 1
 
 
 # Batches that cannot be applied
@@ -371,3 +534,110 @@ def test_batches_that_cannot_be_applied_do_not_pile_up(
     mend(database)
     job.run()
     assert database.shown() == {"/a": 20}
+
+
+def test_stuck_batches_do_not_hold_up_others_for_ever(
+    colour: Colour, hits: Any, database: Database, prefix: str, raw: redis.Redis
+) -> None:
+    """Ten minutes after the last claim there is another one, and what can be written is."""
+    refuse(database, "/bad", "XX000")
+    job = colour.job(hits, colour.sink(database.url))
+    for _ in range(17):
+        hits.incr("/bad")
+        with pytest.raises(ServerError):
+            job.run()
+    hits.incr("/good", 5)
+    batches = f"{prefix}:c1:{{hits/0}}:batches"
+    claimed: Any = raw.zrange(batches, 0, -1, withscores=True)
+    for seconds, shown in (500, {}), (101, {"/good": 5}):
+        claimed = [(batch, at - seconds * 1_000_000) for batch, at in claimed]
+        raw.zadd(batches, dict(claimed))
+        with pytest.raises(ServerError):
+            job.run()
+        assert database.shown() == shown
+    assert hits.pending("/good") == 0
+    assert job.status().dead == 1  # what was pending of /bad, beside one that passed
+    assert len(job.status().batches) == 16
+    assert job.value("/bad") == 17
+
+
+@pytest.mark.parametrize("code", ["08001", "57014", "58000", "53400", "55P03", "40001"])
+def test_a_row_that_sounds_like_a_server_away(
+    colour: Colour, hits: Any, postgres: Any, monkeypatch: pytest.MonkeyPatch, code: str
+) -> None:
+    """As the connection is alive, only its batch waits; the run ends with the error anyhow."""
+    monkeypatch.setattr(flush, "_PATIENCE", 0.1)
+    with postgres.database() as url:
+        database = Database(url)
+        refuse(database, "/bad", code)
+        sink = colour.sink(url)
+        job = colour.job(hits, sink)
+        hits.incr_many({"/bad": 1, "/beside": 1})
+        for name in ("/first", "/second"):
+            with pytest.raises(UnavailableError):
+                job.run()
+            hits.incr(name)
+        with pytest.raises(UnavailableError):
+            job.run()
+        assert database.shown() == {"/first": 1, "/second": 1}
+        assert len(job.status().batches) == 1
+        mend(database)
+        assert job.run().rows == 2
+
+
+class Ailing(MemorySink):
+    """A sink that says of every chunk that it is away, or busy, and may really be away then."""
+
+    def __init__(self, status: Status | None, is_away: bool) -> None:
+        super().__init__()
+        self.status, self.is_away, self.applied_to = status, is_away, 0
+
+    def begin(self, columns: Any) -> Begun:
+        """Begin, unless the server has gone."""
+        if self.is_away and self.applied_to:
+            raise UnavailableError("nobody there")
+        return super().begin(columns)
+
+    def apply(self, chunk: Chunk) -> Applied:
+        """Be ill."""
+        self.applied_to += 1
+        if self.status is None:
+            raise UnavailableError("away")
+        return Applied(self.status)
+
+
+@pytest.mark.parametrize("is_away", [False, True])
+@pytest.mark.parametrize("status", [None, Status.BUSY])
+def test_a_server_that_is_away_ends_the_run(
+    colour: Colour, valkey: Any, prefix: str, monkeypatch: pytest.MonkeyPatch,
+    status: Status | None, is_away: bool,
+) -> None:  # fmt: skip
+    """When it does not answer at all no other batch is tried, and nothing more is claimed."""
+    monkeypatch.setattr(flush, "_PATIENCE", -1.0)
+    hits = colour.counter(valkey.url, "hits", prefix=prefix, partitions=4)
+    hits.incr_many({f"/{i}": 1 for i in range(40)})
+    sink = Ailing(status, is_away)
+    job = colour.job(hits, sink)
+    with pytest.raises(UnavailableError, match="away" if status is None else "stay locked"):
+        job.run()
+    assert sink.applied_to == len(job.status().batches) == (1 if is_away else 4)
+
+
+def test_a_run_waits_once_for_all_locks(
+    colour: Colour, valkey: Any, prefix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Patience is for the whole run: the batches behind one that used it up are tried once."""
+    monkeypatch.setattr(flush, "_PATIENCE", 0.5)
+    hits = colour.counter(valkey.url, "hits", prefix=prefix, partitions=16)
+    hits.incr_many({f"/{i}": 1 for i in range(400)})
+    sink = Ailing(Status.BUSY, False)
+    seen: list[str] = []
+    apply = sink.apply
+    sink.apply = lambda chunk: (seen.append(chunk.batch), apply(chunk))[1]  # type: ignore
+    job = colour.job(hits, sink)
+    with pytest.raises(UnavailableError, match="stay locked"):
+        job.run()
+    tries = [len(list(group)) for _, group in itertools.groupby(seen)]
+    assert len(tries) == 16
+    assert tries[0] > 1
+    assert tries[1:] == [1] * 15

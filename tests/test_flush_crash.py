@@ -228,12 +228,12 @@ def test_a_batch_met_again_with_other_content_is_a_dead_letter(
     job = FlushJob(case.counter, sink, chunk=100)
     with redis.Redis.from_url(valkey.url) as raw:
         key = f"{case.prefix}:c1:{{hits/0}}"
-        job.value("/0")  # names the next batch
+        case.counter.transport.call(job.layout.state(0), 1.0)  # names the next batch
         batch = raw.get(f"{key}:next").decode()
         assert job.run().rows == 7
         # A copy from before the claim became the server: the same next, with other hits.
         case.counter.incr_many({"/0": 10, "/other": 5})
-        job.value("/0")  # names the next batch
+        case.counter.transport.call(job.layout.state(0), 1.0)  # names the next batch
         raw.set(f"{key}:next", batch)
         report = job.run()
     assert (report.rows, report.dead) == (0, 2)
@@ -255,11 +255,11 @@ def test_a_recovered_batch_with_other_content_is_a_dead_letter(
     job = FlushJob(case.counter, sink, chunk=100)
     with redis.Redis.from_url(valkey.url) as raw:
         next_key = f"{case.prefix}:c1:{{hits/0}}:next"
-        job.value("/0")  # names the next batch
+        case.counter.transport.call(job.layout.state(0), 1.0)  # names the next batch
         batch = raw.get(next_key).decode()
         assert job.run().rows == 7
         case.counter.incr("/other", 5)
-        job.value("/0")  # names the next batch
+        case.counter.transport.call(job.layout.state(0), 1.0)  # names the next batch
         raw.set(next_key, batch)
     original, sink.apply = sink.apply, _raise_keyboard_interrupt
     with pytest.raises(KeyboardInterrupt):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import atexit
 import gc
 import os
 import signal
@@ -19,7 +20,13 @@ import pytest
 import redis
 
 from redishacks.counters import AsyncBufferedCounter, BufferedCounter
-from redishacks.errors import ServerError, UnavailableError, UsageError
+from redishacks.errors import (
+    MaybeAppliedError,
+    PartlyAppliedError,
+    ServerError,
+    UnavailableError,
+    UsageError,
+)
 from redishacks.testing import FaultProxy, valkey_server
 from tests.helpers import Colour, eventually
 
@@ -116,7 +123,7 @@ def test_a_hit_during_close_is_sent(valkey: Any, prefix: str, amount: int | None
     assert hits._coalescer is not None
     buffer = hits._coalescer.buffer
     buffer.others = Overtaken(buffer.others)
-    buffer.ones = hits._ones = Overtaken(buffer.ones)
+    buffer.ones = Overtaken(buffer.ones)
     hits.incr("/late", amount)
     assert hits.pending("/late") == (amount or 1)
     assert total(valkey.url, prefix) == 1 + (amount or 1)
@@ -245,7 +252,7 @@ def test_a_counter_laid_out_otherwise_is_refused(valkey: Any, prefix: str) -> No
     eventually(told)
     with pytest.raises(UsageError):
         hits.close()
-    hits._coalescer.buffer.reset()  # type: ignore[union-attr]
+    hits._coalescer.after_fork()  # type: ignore[union-attr]
 
 
 def test_garbage_is_sent(valkey: Any, prefix: str) -> None:
@@ -621,3 +628,215 @@ def test_two_first_hits_at_once_leave_one_sender(valkey: Any, prefix: str) -> No
     hits.incr("/a")
     eventually(lambda: total(valkey.url, prefix) == 1)
     hits.close()
+
+
+@pytest.mark.parametrize("what", ["send", "first", "full"])
+def test_a_handler_that_forks_doubles_nothing(valkey: Any, prefix: str, what: str) -> None:
+    """Forked at any line of a send or of a hit, parent and child go on with hits of their own."""
+    done = run(
+        """
+        import atexit, os, sys
+        from redishacks.counters import BufferedCounter
+        url, prefix, what = sys.argv[1:]
+        parent = os.getpid()
+        files = ("_buffer.py", "_linger.py")
+
+        def at_line(n, function):
+            # As a signal handler that comes just before the n-th line that is new.
+            seen, kid = set(), None
+            def tracer(frame, event, arg):
+                nonlocal kid
+                if not frame.f_code.co_filename.endswith(files):
+                    return None
+                seen.add((frame.f_code, frame.f_lineno))
+                if kid is None and len(seen) == n:
+                    kid = os.fork()
+                return tracer
+            sys.settrace(tracer)
+            try:
+                function()
+            finally:
+                sys.settrace(None)
+            return kid
+
+        for n in range(1, 1000):
+            hits = BufferedCounter(
+                url, "hits", prefix=prefix, linger=60, partitions=2, max_buffered=7
+            )
+            if what != "first":
+                for i in range(7):
+                    hits.incr(f"/{i}", None if what == "full" or i % 2 else 2)
+            kid = at_line(n, hits.send if what == "send" else lambda: hits.incr("/0"))
+            if kid == 0:
+                hits.incr("/kid")
+                atexit._run_exitfuncs()
+                os._exit(0)
+            hits.close()
+            if kid is None:
+                break
+            assert os.waitpid(kid, 0)[1] == 0, n
+        print(n)
+        """,
+        valkey.url,
+        prefix,
+        what,
+    )
+    assert done.returncode == 0, done.stderr
+    rounds = int(done.stdout)
+    assert 10 < rounds < 999
+    with BufferedCounter(valkey.url, "hits", prefix=prefix, partitions=2) as hits:
+        got = dict(hits.top(100))
+    assert got.pop("/kid") == rounds - 1
+    assert sum(got.values()) == rounds * {"send": 11, "first": 1, "full": 8}[what]
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("earlier", [False, True])
+def test_hits_of_exit_handlers_arrive(valkey: Any, prefix: str, when: str, earlier: bool) -> None:
+    """A handler that counts at exit, run before or after the last send, loses nothing."""
+    done = run(
+        """
+        import asyncio, atexit, sys
+        from redishacks.counters import AsyncBufferedCounter, BufferedCounter
+        def last():
+            for _ in range(3):
+                hits.incr("/last")
+                hits.incr_many({"/last": 1, "/more": 1})
+                asyncio.run(others.incr("/last"))
+            late = BufferedCounter(sys.argv[1], "hits", prefix=sys.argv[2], linger=60)
+            late.incr("/last")
+        if sys.argv[3] == "after":
+            atexit.register(last)
+        hits = BufferedCounter(sys.argv[1], "hits", prefix=sys.argv[2], linger=60)
+        others = AsyncBufferedCounter(sys.argv[1], "hits", prefix=sys.argv[2], linger=60)
+        if sys.argv[3] == "before":
+            atexit.register(last)
+        if sys.argv[4] == "True":
+            hits.incr("/first")
+            asyncio.run(others.incr("/first"))
+        """,
+        valkey.url,
+        prefix,
+        when,
+        str(earlier),
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert total(valkey.url, prefix) == 13 + 2 * earlier
+
+
+def test_a_late_hit_that_cannot_be_sent_says_so(colour: Colour, prefix: str) -> None:
+    """Where nobody is left to send it, a hit that is kept raises what forbids repeating it."""
+    with valkey_server() as server:
+        hits = colour.counter(
+            colour.client(server.url), "hits", prefix=prefix, linger=60, deadline=0.1
+        )
+        coalescer = (hits if colour.name == "sync" else hits.target)._coalescer
+        coalescer.closed = True  # as it is once the interpreter is exiting
+        with server.paused(), pytest.raises(MaybeAppliedError, match="too late"):
+            hits.incr("/a", 2)
+        hits.close()
+        assert total(server.url, prefix) == 2
+
+
+def test_an_async_counter_finds_its_host_at_exit(valkey: Any, prefix: str) -> None:
+    """The last send reaches a server by name, when no thread can be started for the resolver."""
+    done = run(
+        """
+        import asyncio, sys
+        from redishacks.counters import AsyncBufferedCounter
+        hits = AsyncBufferedCounter(sys.argv[1], "hits", prefix=sys.argv[2], linger=60)
+        loop = asyncio.new_event_loop()
+        loop.run_until_complete(hits.incr("/a"))
+        loop.close()
+        """,
+        valkey.url.replace("127.0.0.1", "localhost"),
+        prefix,
+    )
+    assert total(valkey.url, prefix) == 1, done.stderr
+
+
+def test_counters_of_a_day_leave_nothing_behind(valkey: Any, prefix: str) -> None:
+    """A counter per request adds no finalizer to multiprocessing's, nor to what atexit runs."""
+    from multiprocessing import util
+
+    def count() -> None:
+        with BufferedCounter(valkey.url, "hits", prefix=prefix, linger=60) as hits:
+            hits.incr("/a")
+
+    count()
+    before = len(util._finalizer_registry), atexit._ncallbacks()  # type: ignore[attr-defined]
+    for _ in range(5):
+        count()
+    after = len(util._finalizer_registry), atexit._ncallbacks()  # type: ignore[attr-defined]
+    assert after == before
+
+
+def test_a_spawned_child_sends_what_its_import_counted(
+    valkey: Any, prefix: str, tmp_path: Any
+) -> None:
+    """A counter used while a spawned child imports its main module sends when the child ends."""
+    script = tmp_path / "spawns.py"
+    script.write_text(
+        textwrap.dedent(
+            """
+            import multiprocessing as mp, sys
+            from redishacks.counters import BufferedCounter
+            hits = BufferedCounter(sys.argv[1], "hits", prefix=sys.argv[2], linger=60)
+            hits.incr("/import")
+            def child():
+                hits.incr("/child")
+            if __name__ == "__main__":
+                process = mp.get_context("spawn").Process(target=child)
+                process.start()
+                process.join()
+            """
+        )
+    )
+    done = subprocess.run(
+        [sys.executable, str(script), valkey.url, prefix],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert total(valkey.url, prefix) == 3
+
+
+def test_many_hits_that_fill_the_buffer_say_which_were_taken(colour: Colour, prefix: str) -> None:
+    """Of `incr_many` into a buffer that fills midway every id is taken, or named as not taken."""
+    with valkey_server() as server:
+        hits = colour.counter(
+            colour.client(server.url),
+            "hits",
+            prefix=prefix,
+            linger=0.02,
+            max_buffered=10,
+            deadline=0.3,
+        )
+        many = {f"/{i}": 1 for i in range(40)}
+        with server.paused():
+            with pytest.raises(PartlyAppliedError, match=r"of 40 ids .* 10 ids are buffered") as e:
+                hits.incr_many(many)
+            with pytest.raises(UnavailableError, match="10 ids are buffered"):
+                hits.incr_many(many)
+        assert 0 < len(e.value.failed) < 40
+
+        left: Any = dict.fromkeys(e.value.failed, 1)
+
+        def repeated() -> bool:
+            nonlocal left
+            try:
+                hits.incr_many(left)
+            except PartlyAppliedError as error:
+                left = dict.fromkeys(error.failed, 1)
+            except UnavailableError:
+                pass
+            else:
+                return True
+            return False
+
+        eventually(repeated)
+        hits.close()
+        with BufferedCounter(server.url, "hits", prefix=prefix) as look:
+            assert dict(look.top(100)) == many

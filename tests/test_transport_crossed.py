@@ -24,7 +24,7 @@ import redis.asyncio
 
 from redishacks._transport import connect, connect_async
 from redishacks.errors import MaybeAppliedError, UnavailableError
-from redishacks.testing import FaultProxy, Server
+from redishacks.testing import Cluster, FaultProxy, Server
 from tests.transport_kit import echo, say, scripted
 
 PRELUDE = """
@@ -440,6 +440,155 @@ def test_fork_inside_a_signal_handler(valkey: Server) -> None:
         for child in children: wait_for(child)
         """,
         valkey.url,
+    )
+
+
+#: `fork_at(n)` forks before the n-th bytecode of our transport, as a signal handler could. The
+#: parent waits there until the child, which goes on, has ended.
+FORK_AT = """
+parent = os.getpid()
+def fork_at(n, in_child):
+    left = n
+    def trace(frame, event, arg):
+        nonlocal left
+        if "/_transport/" not in frame.f_code.co_filename or frame.f_code.co_name == "__del__":
+            return None
+        frame.f_trace_opcodes = True
+        if event == "opcode":
+            left -= 1
+            if left == 0:
+                sys.settrace(None)
+                child = os.fork()
+                if child:
+                    children.append(os.waitpid(child, 0)[1])
+                else:
+                    in_child()
+        return trace
+    children = []
+    sys._getframe().f_trace_opcodes = True  # Python 3.12 heeds it only before settrace()
+    sys.settrace(trace)
+    return children
+
+def info(reply):
+    pairs = (pair.split("=", 1) for pair in reply.decode().split())
+    return {key: value for key, value in pairs}
+
+INFO = Command(("CLIENT", "INFO"), repeatable=True)
+"""
+
+
+def test_fork_while_connecting(valkey: Server) -> None:
+    """A fork at any moment of a call: the child says not a word on the parent's connection."""
+    run_apart(
+        FORK_AT
+        + dedent("""
+        transport = connect(url)
+        n = forks = 0
+        while forks * 3 == n:
+            n += 3
+            transport.close()
+            children = fork_at(n, lambda: None)
+            try:
+                mine = info(transport.call(INFO, 10))
+            finally:
+                sys.settrace(None)
+            if os.getpid() != parent:
+                check(transport, "child", 1)
+                os._exit(0)
+            assert children in ([0], []), (n, children)
+            forks += len(children)
+            assert mine["tot-cmds"] == "1", (n, mine)  # what was said before: its first PING
+            again = info(transport.call(INFO, 10))
+            assert (again["id"], again["tot-cmds"]) == (mine["id"], "2"), (n, again)
+        assert forks > 100, forks
+        """),
+        valkey.url,
+    )
+
+
+def test_fork_while_connecting_with_asyncio(valkey: Server) -> None:
+    """The same in a loop, with which the child goes on for a moment, though it should not."""
+    run_apart(
+        FORK_AT
+        + dedent("""
+        transport = connect_async(url)
+        def go_on():
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # asyncio complains in the child
+            signal.setitimer(signal.ITIMER_REAL, 0.003)
+        async def main():
+            n = forks = 0
+            while forks * 7 == n:
+                n += 7
+                await transport.aclose()
+                children = fork_at(n, go_on)
+                try:
+                    mine = info(await transport.call(INFO, 10))
+                finally:
+                    sys.settrace(None)
+                    if os.getpid() != parent:
+                        os._exit(0)
+                forks += len(children)
+                assert mine["tot-cmds"] == "1", (n, mine)
+                again = info(await transport.call(INFO, 10))
+                assert (again["id"], again["tot-cmds"]) == (mine["id"], "2"), (n, again)
+            assert forks > 50, forks
+        asyncio.run(main())
+        """),
+        valkey.unix_url,
+    )
+
+
+def test_fork_after_a_node_has_left(cluster: Cluster) -> None:
+    """Connections in use to a node that is no longer part of the cluster are the parent's too."""
+    run_apart(
+        """
+        transport = connect(redis.RedisCluster.from_url(url))
+        transport.call(Command(("GET", "k"), (b"k",)), 10)
+        node = next(node for node in transport._nodes.values() if node._idle)
+        link = node.take(time.monotonic())
+        transport._nodes.clear()
+        child = os.fork()
+        if child == 0:
+            place = os.readlink(f"/proc/self/fd/{link._sock.fileno()}")
+            os._exit(place != os.devnull)
+        wait_for(child)
+        """,
+        cluster.nodes[0].url,
+    )
+
+
+def test_fork_in_a_thread(valkey: Server) -> None:
+    """Where a thread forks before any client is there, the child knows its main thread."""
+    run_apart(
+        """
+        from redishacks._transport._link import Main
+        def child():
+            signal.signal(signal.SIGALRM, lambda *_: None)
+            transport = connect(url)
+            check(transport, "child", 1)
+            assert Main.ident == threading.get_ident()
+            threading.Timer(10, os._exit, (1,)).start()
+            signal.setitimer(signal.ITIMER_REAL, 0.01, 0.01)
+            try:
+                transport.call(Command(("BLPOP", "nothing", 60)), 0.3)
+            except MaybeAppliedError:
+                os._exit(0)
+        children = []
+        def fork():
+            children.append(os.fork())
+            if children == [0]:
+                try:
+                    child()
+                finally:
+                    os._exit(1)
+        thread = threading.Thread(target=fork)
+        thread.start()
+        thread.join()
+        wait_for(children[0])
+        """,
+        valkey.url,
+        "-W",
+        "ignore::DeprecationWarning",
     )
 
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import itertools
 import signal
+import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from types import FrameType
 from typing import Any
 
 import pytest
@@ -469,6 +471,48 @@ def test_the_kernels_own_timeouts_are_not_restarted(own: Server) -> None:
         signal.signal(signal.SIGALRM, old)
 
 
+def test_signals_that_threads_take(own: Server) -> None:
+    """Where the main thread blocks signals, they interrupt others: the deadline holds there too."""
+    line = Colour("sync").to(own)
+    line.call(echo("warm"))
+    seconds: list[float] = []
+
+    def call() -> None:
+        started = time.monotonic()
+        with pytest.raises(MaybeAppliedError):
+            line.call(echo("x"), 0.3)
+        seconds.append(time.monotonic() - started)
+
+    old = signal.signal(signal.SIGALRM, lambda *_: None)
+    thread = threading.Thread(target=call)
+    with own.paused():
+        thread.start()
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGALRM])
+        signal.setitimer(signal.ITIMER_REAL, 0.05, 0.05)
+        try:
+            thread.join(3)
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGALRM])
+            signal.signal(signal.SIGALRM, old)
+            thread.join()
+    assert 0.29 < seconds[0] < 0.3 + LENIENCE
+
+
+def test_a_slow_write_is_part_of_the_deadline(colour: Colour, own: Server, prefix: str) -> None:
+    """A command that the server takes slowly leaves less time for its reply."""
+    line = colour.to(own)
+    line.call(echo("warm"))
+    # More than the sockets hold: most of it is taken when the server goes on, which then blocks.
+    large = say("BLPOP", prefix * 1_000_000, 60)
+    with own.paused():
+        timer = threading.Timer(1.2, own.resume)
+        timer.start()
+        with took(at_least=1.4, at_most=1.5 + LENIENCE), pytest.raises(MaybeAppliedError):
+            line.call(large, 1.5)
+        timer.join()
+
+
 def test_interrupted_exchanges_close_their_connection(own: Server) -> None:
     """An exception out of a signal handler, in mid-exchange, leaves no reply behind."""
 
@@ -497,6 +541,60 @@ def test_interrupted_exchanges_close_their_connection(own: Server) -> None:
             resumed.join()
     finally:
         signal.signal(signal.SIGALRM, old)
+
+
+@pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning")
+def test_interrupted_calls_leave_no_connection(own: Server) -> None:
+    """A handler that raises at any moment of a call: what was in use is closed and forgotten."""
+
+    class Interrupt(BaseException):
+        pass
+
+    def interrupted(at: int, work: Callable[[], Any]) -> bool:
+        left = at
+
+        def trace(frame: FrameType, event: str, arg: Any) -> Any:
+            nonlocal left
+            code = frame.f_code
+            if "/_transport/" not in code.co_filename or code.co_name == "__del__":
+                return None
+            frame.f_trace_opcodes = True
+            left -= event == "opcode"
+            if left <= 0:
+                raise Interrupt
+            return trace
+
+        before = sys.gettrace()
+        sys._getframe().f_trace_opcodes = True  # Python 3.12 heeds it only before settrace()
+        sys.settrace(trace)
+        try:
+            work()
+        except Interrupt:
+            return True
+        finally:
+            sys.settrace(before)
+        return False
+
+    line = Colour("sync").to(own)
+    node = line.transport._only
+
+    def connect_and_call() -> None:
+        line.close()
+        line.call(echo("x"))
+
+    for work in (
+        lambda: line.call(echo("x")),
+        lambda: line.run([echo("x")]),
+        connect_and_call,
+    ):
+        moments = 0
+        while interrupted(moments + 1, work):
+            moments += 1
+            assert line.call(echo(moments)) == b"%d" % moments
+            assert len(node._open) == len(node._idle)
+        assert moments > 100
+    line.close()
+    assert len(node._open) == 0
 
 
 def test_late_replies_reach_nobody(colour: Colour, own: Server) -> None:

@@ -8,6 +8,7 @@ oldest unanswered command is late is the connection dropped.
 from __future__ import annotations
 
 import asyncio
+import weakref
 from collections.abc import AsyncGenerator, Sequence
 from time import monotonic
 from typing import Any, TypeVar
@@ -171,6 +172,8 @@ class Site:
         self._settings = settings
         self._sites = sites
         self._nodes: dict[Address, Node | ForeignNode] = {}
+        #: Those too that have left the cluster, while an exchange with them is under way.
+        self._known: weakref.WeakSet[Node | ForeignNode] = weakref.WeakSet()
         self.only = None if cluster else self.node(settings.address)
         # asyncio.run() ends a loop's async generators before it closes the loop: our cue.
         self._guard = self._until_shutdown()
@@ -188,6 +191,7 @@ class Site:
                 settings = settings.at(address)
             node = ForeignNode(settings) if settings.foreign else Node(self.loop, settings)
             self._nodes[address] = node
+            self._known.add(node)
         return node
 
     def keep(self, addresses: frozenset[Address]) -> None:
@@ -208,7 +212,7 @@ class Site:
 
     def abandon(self) -> None:
         """Close file descriptors only, in a forked child or for a closed loop."""
-        for node in self._nodes.values():
+        for node in list(self._known):
             node.abandon()
 
     async def _until_shutdown(self) -> AsyncGenerator[None, None]:

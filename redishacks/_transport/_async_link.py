@@ -12,7 +12,7 @@ import os
 import socket
 import ssl
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from itertools import chain
 from time import monotonic
 from typing import Any
@@ -64,16 +64,20 @@ class Waiter:
 
 
 class Link:
-    """A connection that many tasks share. Its waiters get `Lost` as a value, never raised."""
+    """A connection that many tasks share. Its waiters get `Lost` as a value, never raised.
 
-    def __init__(
-        self, loop: asyncio.AbstractEventLoop, sock: socket.socket, tls: Tls | None = None
-    ) -> None:
-        self._fd = -1
+    It is there before it has a socket, so that a fork while it connects finds that socket.
+    """
+
+    _fd = -1
+    #: Until it has a file descriptor of its own.
+    _sock: socket.socket | None = None
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self.since = monotonic()
         self.open = True
         self._loop = loop
-        self._tls = tls
+        self._tls: Tls | None = None
         self._reader = new_reader()
         #: Written and not answered, oldest first.
         self._line: deque[Waiter] = deque()
@@ -87,8 +91,20 @@ class Link:
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at = 0.0
         self._retired = False
+
+    def new_socket(self, family: socket.AddressFamily) -> socket.socket:
+        """Make a socket to connect with; raises `Unreachable` when the link was closed."""
+        self._sock = sock = socket.socket(family, socket.SOCK_STREAM)
+        self._check_open()
+        sock.setblocking(False)
+        return sock
+
+    def begin(self, sock: socket.socket, tls: Tls | None) -> None:
+        """Use a socket, which is connected; raises `Unreachable` when the link was closed."""
+        self._tls = tls
         self._fd = sock.detach()
-        loop.add_reader(self._fd, self._readable)
+        self._check_open()
+        self._loop.add_reader(self._fd, self._readable)
 
     def __del__(self) -> None:
         self.abandon()
@@ -148,9 +164,10 @@ class Link:
         if not self.open:
             return
         self.open = False
-        if self._fd >= 0:
-            self._loop.remove_reader(self._fd)
-            self._loop.remove_writer(self._fd)
+        if self._fd < 0:
+            return  # it is still connecting: the socket is in use until that has been cancelled
+        self._loop.remove_reader(self._fd)
+        self._loop.remove_writer(self._fd)
         self.abandon()
         if self._timer is not None:
             self._timer.cancel()
@@ -168,9 +185,15 @@ class Link:
     def abandon(self) -> None:
         """Close the file descriptor and nothing else: in a forked child, or after the loop."""
         self.open = False
+        if self._sock is not None:
+            self._sock.close()
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
+
+    def _check_open(self) -> None:
+        if not self.open:
+            raise Unreachable(f"connecting: {CLOSED}")
 
     def _enter(self, data: bytes, count: int | None, end: float) -> asyncio.Future[Any]:
         future: asyncio.Future[Any] = self._loop.create_future()
@@ -320,18 +343,18 @@ async def open_link(
     end = monotonic() + CONNECT_DEADLINE
     if settings.sentinel is not None:
         settings = settings.at(await _sentinel.master_async(settings, CONNECT_DEADLINE))
-    sock = await _dial(loop, (settings.host, settings.port), settings.keepalive_options, end)
-    end = min(end, monotonic() + patience * settings.round_trips)
-    link = None
+    link = Link(loop)
+    links.add(link)
     try:
+        sock = await _dial(loop, link, settings, end)
+        end = min(end, monotonic() + patience * settings.round_trips)
         tls = None
         if settings.tls is not None:
             async with asyncio.timeout(end - monotonic()):
                 tls = await _secure(loop, sock, settings.tls_context(), settings.host)
         credentials = await settings.credentials_async()
         opening = handshake(settings.protocol, credentials, settings.client_name, settings.db)
-        link = Link(loop, sock, tls)
-        links.add(link)
+        link.begin(sock, tls)
         data = b"".join(map(pack_words, opening))
         replies = await link.submit(data, len(opening), end)
         if isinstance(replies, Lost):
@@ -341,9 +364,8 @@ async def open_link(
         opened(replies, fresh_credentials=settings.credential_provider is not None)
         return link
     except BaseException as error:
-        sock.close()
-        if link is not None:
-            link.lose(CLOSED)
+        link.lose(CLOSED)
+        link.abandon()
         if isinstance(error, TimeoutError):
             raise Unreachable(f"connecting: {LATE}") from None
         if isinstance(error, OSError):
@@ -370,28 +392,21 @@ async def _secure(
 
 
 async def _dial(
-    loop: asyncio.AbstractEventLoop,
-    address: Address,
-    options: Mapping[int, int | bytes],
-    end: float,
+    loop: asyncio.AbstractEventLoop, link: Link, settings: Settings, end: float
 ) -> socket.socket:
-    places = await _places(loop, address)
+    places = await _places(loop, (settings.host, settings.port))
     why = ""
     for left, (family, place) in zip(range(len(places), 0, -1), places, strict=True):
-        sock = socket.socket(family, socket.SOCK_STREAM)
-        sock.setblocking(False)
+        sock = link.new_socket(family)
         try:
             async with asyncio.timeout((end - monotonic()) / left):
                 await _connect(loop, sock, place)
             if family != socket.AF_UNIX:
-                prepare(sock, options)
+                prepare(sock, settings.keepalive_options)
             return sock
         except OSError as error:
             sock.close()
             why = reason(error)
-        except BaseException:
-            sock.close()
-            raise
     raise Unreachable(f"connecting: {why}")
 
 

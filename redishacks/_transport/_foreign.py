@@ -2,7 +2,8 @@
 
 They are made from the client's connection class and arguments, with its retries off, and driven by
 redis-py's documented methods. Slower than our own, with the same promises as far as they reach: an
-error once a command was handed over counts as sent.
+error once a command was handed over counts as sent, and a child that a signal handler forks while
+one connects, and that goes on, may disturb its parent's handshake.
 """
 
 from __future__ import annotations
@@ -48,13 +49,16 @@ class ForeignLink:
     def __init__(self, settings: Settings) -> None:
         self.since = monotonic()
         self._connection = _instance(settings, Retry)
+
+    def connect(self) -> None:
+        """Connect and say what must be said first; raises `Unreachable`."""
         try:
             self._connection.connect()
         except (redis.RedisError, OSError) as error:
             self.close()
             raise _unreachable(error) from None
 
-    def ask(self, data: bytes, deadline: float, end: float, alone: bool) -> Any:
+    def ask(self, data: bytes, end: float, alone: bool) -> Any:
         """Send one packed command and return its reply."""
         self.send(data, end)
         return self.replies(1, end)[0]

@@ -10,7 +10,7 @@ import struct
 import threading
 import time
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from threading import get_ident
 from time import monotonic
 from typing import Any
@@ -33,16 +33,23 @@ _DONTWAIT = socket.MSG_DONTWAIT
 _MOMENT = 60e-6
 #: Calls that sleep at once, after a look in vain.
 _IN_VAIN = 16
+#: A timeout of the kernel's for recv(): 1 ms, which it rounds up to a tick or two of its clock.
+_SLICE = struct.pack("ll", 0, 1000)
 
 
 class Main:
     """Which thread runs Python's signal handlers."""
 
-    ident = threading.main_thread().ident
+    ident: int | None = None
+
+    @classmethod
+    def find(cls) -> None:
+        """Find it, before the first call and again in a forked child."""
+        cls.ident = threading.main_thread().ident
 
 
 class Link:
-    """A connection of our own: a socket and a parser."""
+    """A connection of our own: a socket, at first not connected, and a parser."""
 
     __slots__ = (
         "__weakref__",
@@ -51,27 +58,42 @@ class Link:
         "_poll",
         "_reader",
         "_sock",
-        "_timeout",
         "_tls",
         "since",
     )
 
-    def __init__(self, sock: socket.socket) -> None:
-        self.since = 0.0
+    def __init__(self, family: socket.AddressFamily) -> None:
+        self._sock = sock = socket.socket(family, socket.SOCK_STREAM)
         # Closes it, without a warning, when the transport is no longer needed by anybody.
         weakref.finalize(self, sock.close).atexit = False
-        self._sock = sock
+        self.since = 0.0
         self._reader = new_reader()
         self._tls: Tls | None = None
         self._poll = select.poll()
         self._poll.register(sock, select.POLLIN)
-        self._timeout = -1.0
         self._asleep = 0
         # Where sockets are patched (gevent), only poll() lets other greenlets run meanwhile.
         self._hot = socket.socket.__module__ == "socket"
+
+    def connect(self, place: Any, options: Mapping[int, int | bytes], end: float) -> None:
+        """Reach a server; raises `OSError`."""
+        sock = self._sock
+        while True:
+            sock.settimeout(max(end - monotonic(), 0.001))
+            try:
+                sock.connect(place)
+                break
+            except BlockingIOError:
+                # A unix socket whose server has a full backlog says so at once instead of waiting.
+                if monotonic() >= end:
+                    raise TimeoutError from None
+                time.sleep(BACKLOG_PAUSE)
+        if sock.family != socket.AF_UNIX:
+            prepare(sock, options)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _SLICE)
         sock.settimeout(None if self._hot else 0.0)
 
-    def ask(self, data: bytes, deadline: float, end: float, alone: bool) -> Any:
+    def ask(self, data: bytes, end: float, alone: bool) -> Any:
         """Send one packed command and return its reply.
 
         `alone`: no other thread waits for a reply, whom looking for ours would disturb.
@@ -91,7 +113,7 @@ class Link:
         try:
             chunk = self._look() if alone else None
             if chunk is None:
-                chunk = self._sleep(deadline)
+                chunk = self._sleep(end)
         except BlockingIOError:
             raise Lost(LATE, written=True) from None
         except OSError as error:
@@ -124,20 +146,21 @@ class Link:
                     self._asleep = _IN_VAIN
                     return None
 
-    def _sleep(self, deadline: float) -> bytes:
-        """Wait for a reply, in a single recv() with a timeout of the kernel's.
+    def _sleep(self, end: float) -> bytes:
+        """Wait for a reply, at first in a single recv() with a short timeout of the kernel's.
 
         A poll() before it would hand the interpreter's lock over twice, and with eight threads that
-        lock is the bottleneck. The main thread polls all the same: a recv() that signals interrupt
-        starts its timeout anew.
+        lock is the bottleneck. But a recv() that a signal interrupts starts its timeout anew, and
+        poll() does not. So the main thread, whom signals come to, always polls; any other does once
+        a millisecond or a few have passed without a reply, and without a signal.
         """
-        if get_ident() == Main.ident:
-            if not self._poll.poll(deadline * 1000):
-                raise Lost(LATE, written=True)
-            return self._sock.recv(_SHORT, _DONTWAIT)
-        if deadline != self._timeout:
-            self._set_timeout(deadline)
-        return self._sock.recv(_SHORT)
+        if get_ident() != Main.ident:
+            try:
+                return self._sock.recv(_SHORT)
+            except BlockingIOError:
+                pass
+        self._wait(end)
+        return self._sock.recv(_SHORT, _DONTWAIT)
 
     def send(self, data: bytes, end: float) -> None:
         """Send packed commands whole; reads replies meanwhile, so that nobody waits in a circle."""
@@ -198,13 +221,17 @@ class Link:
         The descriptor's number stays taken until the link is collected: the fork may have happened
         in a signal handler, and the exchange below it must not wait on somebody else's socket.
         """
-        nothing = os.open(os.devnull, os.O_RDONLY)
-        os.dup2(nothing, self._sock.fileno(), inheritable=False)
-        os.close(nothing)
+        number = self._sock.fileno()
+        if number >= 0:
+            nothing = os.open(os.devnull, os.O_RDONLY)
+            os.dup2(nothing, number, inheritable=False)
+            os.close(nothing)
 
     def __del__(self) -> None:
-        # While the interpreter exits, when the finalizer above does not run.
-        self._sock.close()
+        # While the interpreter exits, when the finalizer above does not run. There is no socket yet
+        # when a signal handler raised in the constructor.
+        if hasattr(self, "_sock"):
+            self._sock.close()
 
     def _send_rest(self, data: memoryview, end: float, written: bool) -> None:
         while data:
@@ -245,16 +272,32 @@ class Link:
         if not poll.poll(left * 1000):
             raise Lost(LATE, written=written)
 
-    def _set_timeout(self, seconds: float) -> None:
-        whole = int(seconds)
-        value = struct.pack("ll", whole, max(1, int((seconds - whole) * 1e6)))
-        self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, value)
-        self._timeout = seconds
 
+def open_link(settings: Settings, end: float, known: Callable[[Link], None]) -> Link:
+    """Open a connection, which is not greeted yet; raises `Unreachable`.
 
-def open_link(settings: Settings, end: float) -> Link:
-    """Open a connection, which is not greeted yet; raises `Unreachable`."""
-    return Link(_dial((settings.host, settings.port), settings.keepalive_options, end))
+    It is made `known` before it connects: a fork, in a signal handler, must find it from then on.
+    """
+    places = _places((settings.host, settings.port))
+    why = ""
+    for left, (family, place) in zip(range(len(places), 0, -1), places, strict=True):
+        process = os.getpid()
+        link = Link(family)
+        try:
+            known(link)
+            if os.getpid() != process:
+                raise Unreachable("connecting: the process was forked meanwhile")
+            link.connect(
+                place, settings.keepalive_options, monotonic() + (end - monotonic()) / left
+            )
+            return link
+        except OSError as error:
+            link.close()
+            why = reason(error)
+        except BaseException:
+            link.close()
+            raise
+    raise Unreachable(f"connecting: {why}")
 
 
 def greet(link: Link, settings: Settings, end: float) -> None:
@@ -272,38 +315,6 @@ def greet(link: Link, settings: Settings, end: float) -> None:
         # A server that is full says so and closes.
         opened(loss.replies, fresh_credentials=False)
         raise Unreachable(f"connecting: {loss.why}") from None
-
-
-def _dial(address: Address, options: Mapping[int, int | bytes], end: float) -> socket.socket:
-    places = _places(address)
-    why = ""
-    for left, (family, place) in zip(range(len(places), 0, -1), places, strict=True):
-        sock = socket.socket(family, socket.SOCK_STREAM)
-        try:
-            _connect(sock, place, monotonic() + (end - monotonic()) / left)
-            if family != socket.AF_UNIX:
-                prepare(sock, options)
-            return sock
-        except OSError as error:
-            sock.close()
-            why = reason(error)
-        except BaseException:
-            sock.close()
-            raise
-    raise Unreachable(f"connecting: {why}")
-
-
-def _connect(sock: socket.socket, place: Any, end: float) -> None:
-    while True:
-        sock.settimeout(max(end - monotonic(), 0.001))
-        try:
-            sock.connect(place)
-            return
-        except BlockingIOError:
-            # A unix socket whose server has a full backlog says so at once instead of waiting.
-            if monotonic() >= end:
-                raise TimeoutError from None
-            time.sleep(BACKLOG_PAUSE)
 
 
 def _places(address: Address) -> list[tuple[socket.AddressFamily, Any]]:

@@ -8,8 +8,8 @@ import weakref
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from redishacks._transport import _link
 from redishacks._transport._async import AsyncTransport
+from redishacks._transport._link import Main
 from redishacks._transport._sync import SyncTransport
 
 Either = TypeVar("Either", SyncTransport, AsyncTransport)
@@ -31,6 +31,7 @@ class Registry:
         with self._lock:
             if not self._watching_forks:
                 os.register_at_fork(after_in_child=self._forked)
+                Main.find()
                 self._watching_forks = True
             known: Any = self._by_url if isinstance(client, str) else self._by_client
             key = (client, kind) if isinstance(client, str) else client
@@ -43,7 +44,7 @@ class Registry:
     def _forked(self) -> None:
         # Another thread of the parent may have held the lock.
         self._lock = threading.RLock()
-        _link.Main.ident = threading.main_thread().ident
+        Main.find()
         for transport in list(self._all):
             transport.abandon()
 

@@ -3,6 +3,9 @@
 `Sentinel.discover_master` knows the rules (quorum of opinions, forced addresses). It is asked on a
 copy whose clients do not repeat and do not wait long: with redis-py's defaults one hung sentinel
 costs a minute.
+
+These connections are redis-py's: a child that a signal handler forks in the middle of the question,
+and that goes on, shares them with its parent. Either may miss the answer, and finds no primary.
 """
 
 from __future__ import annotations

@@ -7,7 +7,9 @@ handler that uses the client while an exchange is under way.
 
 from __future__ import annotations
 
+import os
 import time
+import weakref
 from collections import deque
 from collections.abc import Sequence
 from time import monotonic
@@ -44,7 +46,7 @@ class Channel(Protocol):
 
     since: float
 
-    def ask(self, data: bytes, deadline: float, end: float, alone: bool) -> Any:
+    def ask(self, data: bytes, end: float, alone: bool) -> Any:
         """Send one packed command and return its reply; `alone`: nobody else waits for one."""
 
     def send(self, data: bytes, end: float) -> None:
@@ -70,8 +72,9 @@ class Node:
         self.address = settings.address
         self._settings = settings
         self._idle: deque[Channel] = deque()
-        #: All that are open, those in use too: a forked child must close them.
-        self._open: set[Channel] = set()
+        #: All that are open, those in use too: a forked child must close them. Weak, for one in
+        #: use is forgotten without a word where a signal handler raises before the exchange.
+        self._open: set[weakref.ref[Channel]] = set()
 
     def take(self, now: float) -> Channel | None:
         """Return an idle connection that was used lately, or None."""
@@ -105,7 +108,7 @@ class Node:
 
     def drop(self, link: Channel) -> None:
         """Close a connection for good."""
-        self._open.discard(link)
+        self._open.discard(weakref.ref(link))
         link.close()
 
     def lost(self, link: Channel) -> None:
@@ -132,22 +135,18 @@ class Node:
 
     def connect(self, patience: float) -> Channel:
         """Open a connection and say what must be said first."""
-        end = monotonic() + CONNECT_DEADLINE
-        settings = self._settings
-        if settings.sentinel is not None:
-            settings = settings.at(_sentinel.master(settings, CONNECT_DEADLINE))
-        if settings.foreign is not None:
-            foreign = ForeignLink(settings)
-            self._open.add(foreign)
-            return foreign
-        link = open_link(settings, end)
-        self._open.add(link)
+        process = os.getpid()
         try:
-            greet(link, settings, min(end, monotonic() + patience * settings.round_trips))
-        except BaseException:
+            link = self._connect(patience)
+        except Unreachable:
+            if os.getpid() == process:
+                raise
+        else:
+            if os.getpid() == process:
+                return link
             self.drop(link)
-            raise
-        return link
+        # In the child of a signal handler's fork: the connection was the parent's.
+        raise Refused("the process was forked while connecting")
 
     def reset(self) -> None:
         """Close the idle connections."""
@@ -159,10 +158,33 @@ class Node:
 
     def abandon(self) -> None:
         """In a forked child: close everything; the parent goes on undisturbed."""
-        for link in list(self._open):
-            link.abandon()
+        for known in list(self._open):
+            link = known()
+            if link is not None:
+                link.abandon()
         self._open = set()
         self._idle = deque()
+
+    def _know(self, link: Channel) -> None:
+        self._open.add(weakref.ref(link, self._open.discard))
+
+    def _connect(self, patience: float) -> Channel:
+        end = monotonic() + CONNECT_DEADLINE
+        settings = self._settings
+        if settings.sentinel is not None:
+            settings = settings.at(_sentinel.master(settings, CONNECT_DEADLINE))
+        if settings.foreign is not None:
+            foreign = ForeignLink(settings)
+            self._know(foreign)
+            foreign.connect()
+            return foreign
+        link = open_link(settings, end, self._know)
+        try:
+            greet(link, settings, min(end, monotonic() + patience * settings.round_trips))
+        except BaseException:
+            self.drop(link)
+            raise
+        return link
 
     def _awaken(self, end: float) -> Channel | None:
         # Idle for long: a firewall may have forgotten the connection without a word.
@@ -204,6 +226,8 @@ class SyncTransport:
         self._settings = settings
         self._slots = slots
         self._nodes: dict[Address, Node] = {}
+        #: Those too that have left the cluster, while an exchange with them is under way.
+        self._known: weakref.WeakSet[Node] = weakref.WeakSet()
         self._only = None if slots is not None else self._node(settings.address)
 
     def call(self, command: Command[T], deadline: float) -> T:
@@ -217,7 +241,7 @@ class SyncTransport:
         if node is None or link is None:
             return self._converse(self._talk((command,), deadline, now))[0].result()
         try:
-            reply = link.ask(pack(command), deadline, now + deadline, node.alone())
+            reply = link.ask(pack(command), now + deadline, node.alone())
         except Lost as loss:
             node.lost(link)
             talk = self._talk((command,), deadline, now)
@@ -247,7 +271,7 @@ class SyncTransport:
 
     def abandon(self) -> None:
         """In a forked child: close every connection, those in use too."""
-        for node in list(self._nodes.values()):
+        for node in list(self._known):
             node.abandon()
 
     def where(self, command: Command[Any]) -> str:
@@ -272,6 +296,7 @@ class SyncTransport:
             if address != settings.address:
                 settings = settings.at(address)
             node = self._nodes.setdefault(address, Node(settings))
+            self._known.add(node)
         return node
 
     def _converse(self, talk: Talk[T], *, begun: bool = False) -> list[Outcome[T]]:
@@ -316,12 +341,14 @@ class SyncTransport:
                 try:
                     replies = link.replies(message.replies, talk.end)
                 except Lost as loss:
+                    under_way.popleft()
                     node.lost(link)
                     talk.lost(message, loss)
                 else:
+                    # First: what is idle again may be somebody else's, and is not ours to close.
+                    under_way.popleft()
                     node.give(link)
                     talk.answered(message, replies)
-                under_way.popleft()
         except BaseException:
             for node, link, _ in under_way:
                 node.drop(link)

@@ -19,6 +19,8 @@ _as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON, one
 
 # status
 
+_ELSEWHERE = "bound to another destination or ledger: a flush by this job is refused (see doctor)"
+
 
 @click.command(epilog=EXIT_CODES)
 @with_jobs
@@ -46,6 +48,7 @@ def status(ctx: click.Context, jobs: list[FlushJob], as_json: bool) -> None:
 def _status_rows(found: CounterStatus) -> list[tuple[str, str]]:
     return [
         *([] if found.known else [("note", "nobody has counted here yet; is the name right?")]),
+        *([("note", _ELSEWHERE)] if found.elsewhere else []),
         ("pending", many(found.pending_ids, "id")),
         *((f"sum of {name}", f"{total:,}") for name, total in found.pending_amount.items()),
         ("oldest", show.ago(found.oldest, "nothing waits")),

@@ -16,7 +16,7 @@ from redishacks._sink import Rule
 from redishacks._transport import Hook, connect, connect_async
 from redishacks._units import EXACT, Seconds, seconds
 from redishacks.counters.commands import Amount, Columns, Id, Layout, new_id
-from redishacks.errors import PartlyAppliedError, UsageError
+from redishacks.errors import PartlyAppliedError, RedisHacksError, UsageError
 
 #: Parts of one `incr_many` that go out in one exchange.
 _PARTS_AT_ONCE = 16
@@ -87,6 +87,12 @@ class _Counter:
         """Check many hits; ids that are the same as bytes become one."""
         columns = self.layout.columns
         plain = columns.signs == "+"
+        if not isinstance(hits, Mapping):
+            raise UsageError(
+                'incr_many() takes a mapping of ids to amounts, such as {"/a": 2}, '
+                f"not {type(hits).__name__}"
+            )
+        hits = dict(hits)  # another thread may change it meanwhile
         if plain and (usual := _in_bulk(hits)) is not None:
             return usual
         items: dict[bytes, list[int | None]] = {}
@@ -97,7 +103,7 @@ class _Counter:
             elif isinstance(given, Mapping):
                 amounts = columns.amounts(given)
             else:
-                amounts = self._amounts(given, {})
+                amounts = columns.amounts({columns.names[0]: given})
             if raw in items:
                 columns.merge(items[raw], amounts)
             elif amounts.count(None) < len(amounts):
@@ -132,6 +138,14 @@ class _Counter:
         raise PartlyAppliedError(
             f"{len(items) - len(failed)} of {len(items)} ids were added; {errors[0]}", failed
         )
+
+    def _stopped(self, items: Items, taken: int, error: RedisHacksError) -> None:
+        """Say so when the buffer has taken the first few of many hits before this error."""
+        if taken:
+            raise PartlyAppliedError(
+                f"{taken} of {len(items)} ids were counted; {error}",
+                {_keys.id_shown(raw): error for raw, _ in items[taken:]},
+            ) from error
 
     def _check(self) -> Steps[None]:
         if not self._defined and not self._checked:
@@ -190,7 +204,9 @@ class BufferedCounter(_Counter):
     With `linger`, hits are merged in this process and sent every so many seconds, when
     `max_buffered` ids are held, on `close()`, at the end of a `with`, and at interpreter exit.
     A SIGKILL then loses the hits of the last `linger` seconds, plus those of the time that sends
-    had been failing; nothing else loses or doubles one. A full buffer makes `incr` raise
+    had been failing; so does what else ends a process on the spot: a SIGTERM that nothing handles,
+    `os._exit`, `multiprocessing.Pool.terminate` (and so the end of a `with Pool`). Nothing else
+    loses or doubles one. A full buffer makes `incr` raise
     `UnavailableError` with the hit not counted, or wait up to `deadline` first when Redis is only
     slow or `overflow="block"`. A hit that Redis will never take (its sum would pass 2^53) is
     logged and passed to `on_refused`; one in doubt for 12 hours to `on_maybe_applied`.
@@ -198,7 +214,7 @@ class BufferedCounter(_Counter):
     `on_command(name, node, seconds, error)` is called after every command, for tracing.
 
     Safe in threads, greenlets, signal handlers and after fork (a child begins with an empty
-    buffer; the parent sends its own).
+    buffer; the parent sends its own, with the hit that a handler's fork interrupted).
     """
 
     def __init__(
@@ -230,8 +246,6 @@ class BufferedCounter(_Counter):
                 deadline=self.deadline,
                 overflow=overflow,
             )
-            self._linger_buffer = buffer
-            self._ones = buffer.ones
             self._finalizer = weakref.finalize(self, self._coalescer.abandon)
             self._finalizer.atexit = False
 
@@ -243,7 +257,8 @@ class BufferedCounter(_Counter):
 
         One round trip, none with `linger`. Raises `UsageError` for what can never be counted
         (beyond 2^53 too), `UnavailableError` when it was not counted, and `MaybeAppliedError` when
-        the reply was lost (never with `linger`).
+        the reply was lost (with `linger` only where a hit came while it was being closed, or in
+        an exit handler after the last send, and could not be sent at once).
         """
         coalescer = self._coalescer
         if coalescer is None:
@@ -253,7 +268,6 @@ class BufferedCounter(_Counter):
                     drive(self._define(), self.transport, self.deadline)
                 self.transport.call(command, self.deadline)
             return
-        ones = self._ones
         if (
             amount is None
             and type(id) is str
@@ -262,11 +276,13 @@ class BufferedCounter(_Counter):
             and id.isascii()
             and 0 < len(id) <= _keys.MAX_ID
         ):
-            if len(ones) >= self._linger_buffer.room:
+            buffer = coalescer.buffer
+            ones = buffer.ones
+            if len(ones) >= buffer.room:
                 coalescer.make_room()
             ones.append(id)
-            if coalescer.closed:  # meanwhile: nobody else would send it
-                coalescer.close()
+            if coalescer.closed:
+                coalescer.send_late()
         else:
             raw = _keys.id_bytes(id)
             amounts = self._amounts(amount, columns)
@@ -279,12 +295,18 @@ class BufferedCounter(_Counter):
         Goes out in parts of at most 2,500 ids and 1 MB, sixteen to a round trip; each part is
         atomic, and each id stands in one part. Ids that are the same as bytes are merged first.
         Raises as `incr` does when nothing was added, else `PartlyAppliedError`, which says what
-        became of which id.
+        became of which id; with `linger` too, when the buffer fills midway.
         """
         items = self._items(hits)
         if self._coalescer is not None:
-            for raw, amounts in items:
-                self._coalescer.add(raw, amounts)
+            taken = 0
+            try:
+                for raw, amounts in items:
+                    self._coalescer.add(raw, amounts)
+                    taken += 1
+            except RedisHacksError as error:
+                self._stopped(items, taken, error)
+                raise
         elif items:
             drive(self._add_many(items), self.transport, self.deadline)
 
@@ -380,8 +402,14 @@ class AsyncBufferedCounter(_Counter):
         """Add to many ids, as `BufferedCounter.incr_many`."""
         items = self._items(hits)
         if self._coalescer is not None:
-            for raw, amounts in items:
-                await self._coalescer.add(raw, amounts)
+            taken = 0
+            try:
+                for raw, amounts in items:
+                    await self._coalescer.add(raw, amounts)
+                    taken += 1
+            except RedisHacksError as error:
+                self._stopped(items, taken, error)
+                raise
         elif items:
             await drive_async(self._add_many(items), self.transport, self.deadline)
 

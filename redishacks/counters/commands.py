@@ -8,7 +8,7 @@ count must not expire before it is in SQL):
     rh:c1:{hits/0}:p:amount           zset     pending amounts, id -> amount
     rh:c1:{hits/0}:next               string   the id that the next batch will have
     rh:c1:{hits/0}:batches            zset     batches in flight -> time of their claim
-    rh:c1:{hits/0}:b:<batch>          hash     size, chunk, since and columns of a batch
+    rh:c1:{hits/0}:b:<batch>          hash     size, chunk, since, columns of a batch; where it goes
     rh:c1:{hits/0}:b:<batch>:amount   zset     its amounts; never changes
     rh:c1:{hits/0}:f:<producer>       string   last send of a lingering producer; TTL 24 hours
 """
@@ -78,6 +78,9 @@ class Batch(NamedTuple):
     chunk: int
     since: int
     columns: tuple[str, ...]
+    #: What the counter was bound to at its claim; None when it was claimed before that was noted.
+    destination: str | None
+    ledger: str | None
 
     @property
     def chunks(self) -> int:
@@ -250,14 +253,21 @@ class Layout:
 
     def _disagreement(self, given: Mapping[str, str], field: str, stored: str) -> UsageError:
         if field == "ledger":
-            return self.other_ledger()
+            return self._other_ledger()
         return UsageError(
             f"counter {self.full_name} is in use with {field} = {stored}, "
             f"and this one says {given[field]}"
         )
 
-    def other_ledger(self) -> UsageError:
-        """Return the error of a job whose ledger is not the one that the counter is bound to."""
+    def check_bound(self, found: State | Batch, destination: str, ledger: str) -> None:
+        """Raise `UsageError` when a partition or a batch goes elsewhere than to this ledger."""
+        if found.destination not in (None, destination):
+            given = {"destination": destination}
+            raise self._disagreement(given, "destination", str(found.destination))
+        if found.ledger not in (None, ledger):
+            raise self._other_ledger()
+
+    def _other_ledger(self) -> UsageError:
         return UsageError(
             f"counter {self.full_name} is bound to another ledger than this job's: earlier jobs "
             "wrote to another database, or the ledger table has been emptied since. Let one "
@@ -265,15 +275,22 @@ class Layout:
             "the job's rebind()"
         )
 
-    def forget_destination(self, known: Sequence[str] = ()) -> list[Command[int]]:
+    def forget_destination(
+        self, known: Sequence[str], destination: str, ledger: str
+    ) -> list[Command[int]]:
         """Let the next flush decide anew where the counter goes.
 
-        0: there are batches in flight that are not among the `known`, and nothing was changed.
+        Batches in flight that are `known` to a ledger already go there, and nowhere else. 0: there
+        are others in flight, and nothing was changed.
         """
         return [
             Command(
-                tuple(known),
-                (self._key(p, "meta"), self._key(p, "batches")),
+                (destination, ledger, *known),
+                (
+                    self._key(p, "meta"),
+                    self._key(p, "batches"),
+                    *(self._key(p, "b", batch) for batch in known),
+                ),
                 int,
                 script("counter_forget"),
                 repeatable=True,
@@ -437,14 +454,12 @@ class Layout:
         def parse(reply: list[Any]) -> Batch | None:
             if reply[0] is None:
                 return None
-            size, chunk, since, columns = reply
-            return Batch(
-                p, batch, int(size), int(chunk), int(since), tuple(columns.decode().split("\n"))
-            )
+            size, chunk, since, columns, *bound = reply
+            names = tuple(columns.decode().split("\n"))
+            return Batch(p, batch, int(size), int(chunk), int(since), names, *_texts(bound))
 
-        return Command(
-            ("HMGET", key, "size", "chunk", "since", "columns"), (key,), parse, repeatable=True
-        )
+        fields = ("size", "chunk", "since", "columns", "destination", "ledger")
+        return Command(("HMGET", key, *fields), (key,), parse, repeatable=True)
 
     def page(self, batch: Batch, start: int, stop: int) -> Command[Page]:
         """Read ids and amounts of the first column, ranks start to stop - 1."""

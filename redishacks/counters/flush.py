@@ -33,13 +33,21 @@ from redishacks._drive import drive, drive_async
 from redishacks._sink import Applied, AsyncSink, Begun, Chunk, ChunkId, Rule, Sink, Status
 from redishacks.counters.buffered import AsyncBufferedCounter, BufferedCounter
 from redishacks.counters.commands import PAGE, Batch, Held, Id, Layout, Page, State
-from redishacks.errors import SchemaError, ServerError, UnavailableError, UsageError
+from redishacks.errors import (
+    RedisHacksError,
+    SchemaError,
+    ServerError,
+    UnavailableError,
+    UsageError,
+)
 
-#: How long a run waits for chunks that another transaction holds.
+#: How long a run waits, in all, for chunks that another transaction holds.
 _PATIENCE = 30.0
-#: With so many batches of a partition that cannot be applied no more are claimed there: what stays
-#: pending is one set, whatever its size, and `value` reads every batch.
+#: With so many batches of a partition that cannot be applied, more are claimed there only after a
+#: pause: what stays pending is one set, whatever its size, and `value` reads every batch. For ever
+#: would be too long: what is pending may well pass.
 _STUCK = 16
+_PAUSE = 600_000_000
 #: How often `value` looks again when flushers claim and apply between its two reads.
 _LOOKS = 100
 
@@ -90,6 +98,8 @@ class CounterStatus(NamedTuple):
     dead: int
     #: Somebody has counted here; else the name may be mistyped.
     known: bool
+    #: The counter is bound to another destination or ledger than the job's: a run is refused.
+    elsewhere: bool
 
 
 class _Progress:
@@ -97,6 +107,7 @@ class _Progress:
 
     def __init__(self) -> None:
         self.began = time.monotonic()
+        self.patience = _PATIENCE
         self.batches = self.rows = self.amount = self.recovered = self.duplicates = self.dead = 0
 
     def count(self, chunk: Chunk, verdict: Applied) -> None:
@@ -141,7 +152,7 @@ class _Job:
         self.chunk = chunk
         self.on_batch = on_batch
         self._stopping = False
-        #: Whether the counter is known to flush where this job says.
+        #: Whether partitions and columns are known to be the counter's.
         self._agreed = False
         #: The ledger that the run in progress is bound to.
         self._ledger = ""
@@ -172,10 +183,12 @@ class _Job:
         # Nothing is claimed before SQL has answered.
         clock = yield from self._bind()
         states = yield from self._states()
+        for state in states:  # bound anew since? An older batch does not say where it goes
+            self.layout.check_bound(state, self.sink.destination(), self._ledger)
         todo = [(state.partition, batch) for state in states for batch in state.batches]
         claims = [(p, "") for p in range(self.layout.partitions)]
         stuck: Counter[int] = Counter()
-        failed: list[ServerError | SchemaError | UsageError] = []
+        failed: list[RedisHacksError] = []
         for p, batch in [*todo, *claims]:
             if self._over(progress, time_budget):
                 break
@@ -183,13 +196,23 @@ class _Job:
                 if batch:
                     progress.recovered += 1
                     clock = yield from self._apply(p, batch, clock, progress, True)
-                elif stuck[p] < _STUCK and (claimed := (yield from self._claim(p))):
+                elif claimed := (yield from self._claim(p, stuck[p])):
                     clock = yield from self._apply(p, claimed, clock, progress, False)
             except (ServerError, SchemaError, UsageError) as error:
                 # It stays claimed, and must not hold up the others.
                 _log.info("a batch of %s is left for later: %s", self.layout.full_name, error)
                 failed.append(error)
                 stuck[p] += 1
+            except UnavailableError as error:
+                # A trigger of a single row may say so, too. Who is really away ends the run.
+                failed.append(error)
+                stuck[p] += 1
+                try:
+                    clock = yield from self._begin_again()
+                    yield from self._states()
+                except UnavailableError:
+                    raise error from None
+                _log.info("a batch of %s is left for later: %s", self.layout.full_name, error)
         else:
             if not failed:
                 yield from self._prune()
@@ -210,16 +233,32 @@ class _Job:
         self._agreed, self._ledger = True, begun.ledger
         return begun.clock
 
+    def _begin_again(self) -> Steps[Any]:
+        """See that the ledger is still that of this run; return the database's clock."""
+        begun: Begun = yield from call(self.sink.begin, self.layout.columns.rules)
+        if begun.ledger != self._ledger:  # an error that ends the run: no batch may go on
+            raise UnavailableError(
+                f"the ledger of counter {self.layout.full_name} has been changed while a run was "
+                "in progress; the next run tells what to do"
+            )
+        return begun.clock
+
     def _states(self) -> Steps[list[State]]:
         outcomes = yield from ask_all(self.layout.states())
         return [outcome.result() for outcome in outcomes]
 
-    def _claim(self, p: int) -> Steps[str | None]:
-        """Claim a partition; None when nothing was pending or others were quicker each time."""
+    def _claim(self, p: int, stuck: int) -> Steps[str | None]:
+        """Claim a partition; None when nothing was pending or others were quicker each time.
+
+        With many of its batches stuck, None too until the newest one is old enough.
+        """
         destination = self.sink.destination()
         for _ in range(10):
             state = yield from ask(self.layout.state(p))
             if not state.pending_ids:
+                return None
+            newest = max(state.batches.values(), default=0)
+            if stuck >= _STUCK and state.now < newest + _PAUSE:
                 return None
             size = yield from ask(
                 self.layout.claim(p, state.next, self.chunk, destination, self._ledger)
@@ -235,13 +274,15 @@ class _Job:
         batch = yield from self._batch(p, batch_id)
         if batch is None:
             return clock
+        # The counter may have been bound anew, and the batch claimed, since this run has agreed.
+        self.layout.check_bound(batch, self.sink.destination(), self._ledger)
         yield from self._replicated(batch)
         remaining = list(range(batch.chunks))
         if recovered:
             # Another flusher may be at the same batch, from the front: keep out of its way. What
             # the ledger has is read again all the same: only its digest tells that it is the same.
             random.shuffle(remaining)
-        patience = time.monotonic() + _PATIENCE
+        since = time.monotonic()
         busy = 0
         ahead: tuple[int, list[Outcome[Page]]] | None = None
         while remaining:
@@ -264,7 +305,9 @@ class _Job:
                 remaining.append(index)
                 busy += 1
                 if busy >= len(remaining):  # a whole round of them
-                    if time.monotonic() > patience:
+                    since, waited = time.monotonic(), time.monotonic() - since
+                    progress.patience -= waited
+                    if progress.patience < 0:
                         raise UnavailableError(
                             f"{len(remaining)} chunks of batch {batch.id} stay locked by other "
                             "transactions; the batch stays claimed and the next run applies it"
@@ -275,15 +318,9 @@ class _Job:
             if verdict.status is Status.STALE:
                 remaining.append(index)
                 ahead = None
-                begun: Begun = yield from call(self.sink.begin, self.layout.columns.rules)
-                if begun.ledger != self._ledger:  # an error that ends the run: no batch may go on
-                    raise UnavailableError(
-                        f"the ledger of counter {self.layout.full_name} has been changed while a "
-                        "run was in progress; the next run tells what to do"
-                    )
-                clock = begun.clock
+                clock = yield from self._begin_again()
                 continue
-            busy = 0
+            since, busy = time.monotonic(), 0
             progress.count(chunk, verdict)
         yield from ask(self.layout.ack(batch))
         progress.batches += 1
@@ -364,6 +401,7 @@ class _Job:
             tuple(values),
             _digest(ids, values),
             clock,
+            self._ledger,
         )
 
     def _prune(self) -> Steps[None]:
@@ -378,14 +416,16 @@ class _Job:
         """Read one id's columns, as steps for a driver; flushes may go on between them."""
         raw = _keys.id_bytes(id)
         if not self._agreed:
-            yield from self.layout.agree(self.sink.destination())
-            self._agreed = True
+            self._agreed = yield from self.layout.check()
         columns = self.layout.columns
+        look = self.layout.state(self.layout.partition(raw), naming=False)
         for _ in range(_LOOKS):
-            state = yield from ask(self.layout.state(self.layout.partition(raw)))
+            state = yield from ask(look)
             held: Held | None = yield from ask(self.layout.held(raw, state))
             if held is None:
                 continue
+            # Before SQL is asked: elsewhere it may not even have the table.
+            self.layout.check_bound(state, self.sink.destination(), state.ledger or "")
             chunks = {ChunkId(b, c): amounts for b, (c, amounts) in held.claimed.items()}
             reading = yield from call(
                 self.sink.read,
@@ -393,12 +433,13 @@ class _Job:
                 columns.rules,
                 raw,
                 list(chunks),
-                [state.next],
+                [state.next] if state.next else [],
             )
-            if state.ledger not in (None, reading.ledger):
-                raise self.layout.other_ledger()
+            self.layout.check_bound(state, self.sink.destination(), reading.ledger)
             if state.next in reading.begun:
                 continue  # what was read as pending is in SQL by now: counted twice
+            if not state.next and (yield from ask(look)).next:
+                continue  # claimed for the first time meanwhile: under a name we did not ask for
             total = [reading.row.get(name) for name in columns.names]
             columns.merge(total, [reading.dead.get(name) for name in columns.names])
             columns.merge(total, held.pending)
@@ -446,18 +487,40 @@ class _Job:
             (now - max(flushed)) / 1e6 if flushed else None,
             dead,
             known,
+            (yield from self._is_elsewhere(states)),
         )
+
+    def _is_elsewhere(self, states: list[State]) -> Steps[bool]:
+        destination, ledger = self.sink.destination(), ""
+        try:
+            if any(state.ledger for state in states):
+                # A begin() would give the ledger an identity: this looks on.
+                reading = yield from call(
+                    self.sink.read, self.layout.full_name, self.layout.columns.rules, b"", [], []
+                )
+                ledger = reading.ledger
+            for state in states:
+                self.layout.check_bound(state, destination, ledger)
+        except SchemaError:
+            return False  # it cannot be told; a run tells what is missing
+        except UsageError:
+            return True
+        return False
 
     def _rebind(self, bury: bool) -> Steps[None]:
         states = yield from self._states()
         in_flight = {batch: state.partition for state in states for batch in state.batches}
         forgotten = bury or not in_flight
+        begun = Begun(None, "")
         if bury:
-            begun: Begun = yield from call(self.sink.begin, self.layout.columns.rules)
+            begun = yield from call(self.sink.begin, self.layout.columns.rules)
             for batch, p in in_flight.items():
-                yield from self._disown(p, batch, begun.clock)
+                yield from self._disown(p, batch, begun)
         if forgotten:
-            outcomes = yield from ask_all(self.layout.forget_destination(list(in_flight)))
+            forget = self.layout.forget_destination(
+                list(in_flight), self.sink.destination(), begun.ledger
+            )
+            outcomes = yield from ask_all(forget)
             forgotten = all(outcome.result() for outcome in outcomes)
             if not forgotten:  # a batch was claimed meanwhile: no partition may go elsewhere
                 yield from self.layout.agree(states[0].destination, states[0].ledger)
@@ -467,9 +530,8 @@ class _Job:
                 "destination first, whose ledger knows what of them it has; where that ledger is "
                 "lost, rebind(bury=True) lets them become dead letters"
             )
-        self._agreed = False
 
-    def _disown(self, p: int, batch_id: str, clock: Any) -> Steps[None]:
+    def _disown(self, p: int, batch_id: str, begun: Begun) -> Steps[None]:
         """Give the ledger other content for every chunk of a batch, and so let each be a conflict.
 
         Of a batch that another ledger knew, nobody here can tell which chunks were applied.
@@ -482,7 +544,7 @@ class _Job:
         for index in range(batch.chunks):
             chunk = Chunk(
                 self.layout.full_name, batch.id, index, batch.columns, rules, [], nothing,
-                _digest([], []), clock,
+                _digest([], []), *begun,
             )  # fmt: skip
             verdict = yield from call(self.sink.apply, chunk)
             if verdict.status in (Status.BUSY, Status.STALE):
@@ -547,7 +609,8 @@ class FlushJob(_Job):
         Redis or SQL is away (nothing is lost, the next run goes on), `SchemaError` when the
         database lacks something, `UsageError` when counter and job do not fit. A batch that cannot
         be applied stays claimed and the others go on; the first such error is raised at the end,
-        and `so_far()` has the figures.
+        and `so_far()` has the figures. With 16 such batches in a partition, more is claimed there
+        every ten minutes only.
 
         Round trips to Redis: 3 for an idle run, 4 more for a batch, 2 for each of its chunks.
         """
@@ -561,8 +624,9 @@ class FlushJob(_Job):
         positive amounts it never goes down and never counts twice while flushers run, between
         failovers of Redis; hits that still linger in a process are not in it. Ids that are one key
         in SQL (`1` and `01` of an integer key) are counted apart until flushed. Raises `UsageError`
-        where the counter is bound to another destination or ledger. Two round trips to Redis and
-        one statement; more when a flush comes between.
+        where the counter is bound to another destination or ledger; binds nothing itself. Two
+        round trips to Redis and one statement; one more before the first flush, and more when a
+        flush comes between.
         """
         return drive(self._value(id, column), self._transport, self._deadline)
 

@@ -6,7 +6,8 @@
 -- KEYS[2]    since: string, µs of the oldest hit; removed, its value goes with the batch
 -- KEYS[3]    next: string, the id this batch gets; replaced by the following one
 -- KEYS[4]    batches: sorted set of batches in flight -> µs of the claim; no TTL
--- KEYS[5]    batch: hash of this batch: size, chunk, since, columns; no TTL, dropped when acknowledged
+-- KEYS[5]    batch: hash of this batch: size, chunk, since, columns, and where it goes: destination,
+--            ledger; no TTL, dropped when acknowledged
 -- KEYS[6..]  the pending sorted set of each column, then the claimed one of each: no TTL.
 --            RENAME takes microseconds at any size
 -- ARGV[1]    the value of next for which the keys were made
@@ -48,7 +49,7 @@ local since = redis.call('GET', KEYS[2]) or now
 -- and it is the flush that frees memory.
 redis.call('DEL', KEYS[2])
 redis.call('HSET', KEYS[5], 'size', size, 'chunk', ARGV[3], 'since', since,
-  'columns', table.concat(ARGV, '\n', 6))
+  'columns', table.concat(ARGV, '\n', 6), 'destination', ARGV[4], 'ledger', ARGV[5])
 redis.call('ZADD', KEYS[4], now, ARGV[1])
 redis.call('SET', KEYS[3], ARGV[2])
 for c = 1, columns do

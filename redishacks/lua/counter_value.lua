@@ -7,12 +7,12 @@
 --            its sorted set of each column; no TTL
 -- ARGV[1]    the id
 -- ARGV[2]    number of columns
--- ARGV[3..]  the value of next and the batches in flight for which the keys were made
+-- ARGV[3..]  the value of next, '' for none, and the batches in flight for which the keys were made
 -- Reply: {} they have changed, look again; else {pending amount of each column, then for every
 --        batch: chunk that holds the id or nil, amount of each column}; amounts are strings or nil
 
 local columns = tonumber(ARGV[2])
-if redis.call('GET', KEYS[1]) ~= ARGV[3] then
+if (redis.call('GET', KEYS[1]) or '') ~= ARGV[3] then
   return {}
 end
 local batches = redis.call('ZRANGE', KEYS[2], 0, -1)

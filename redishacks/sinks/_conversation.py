@@ -58,11 +58,13 @@ _PAGE = 1000
 _DAY = 86_400_000_000
 
 # {…} are filled by the dialect; ? is a parameter. The clock is read inside the statement: a
-# flusher that was stopped for a day must not be believed when it was stopped just before.
+# flusher that was stopped for a day must not be believed when it was stopped just before. The
+# ledger's identity is held until COMMIT: who empties the ledger comes before the chunk or after it.
 _ENTER = f"""
 INSERT INTO {{ledger}} (counter, batch, chunk, copy, digest, rows, applied_at)
-SELECT ?, ?, ?, ?, ?, ?, {{now}} WHERE {{now_micros}} < ? + {_DAY}
-ON CONFLICT DO NOTHING
+SELECT ?, ?, ?, ?, ?, ?, {{now}}
+FROM (SELECT 1 FROM {{ledger}} WHERE batch = '' AND chunk = -1 AND digest = ? {{held}}) AS identity
+WHERE {{now_micros}} < ? + {_DAY} ON CONFLICT DO NOTHING
 """
 _DIGEST = "SELECT digest FROM {ledger} WHERE batch = ? AND chunk = ? AND copy = ?"
 _IDENTITY = "SELECT digest FROM {ledger} WHERE batch = '' AND chunk = -1"
@@ -124,12 +126,16 @@ class Letter(NamedTuple):
 
 
 class Written(NamedTuple):
-    """What became of rows: how many are in the table; (place, reason) of those that are not."""
+    """What became of rows."""
 
+    #: How many are in the table.
     rows: int
+    #: (place, reason) of those that the table would not take.
     refused: list[tuple[int, str]]
-    #: The first error among them that is suspicious. When no row was written, it may well be the
-    #: database that is in disorder, and not the rows that are bad.
+    #: Places of those that have no row to update.
+    unknown: list[int]
+    #: The first error among the refused that is suspicious. When all were refused, it may well be
+    #: the database that is in disorder, and not the rows that are bad.
     doubt: LackingError | UnforeseenError | None = None
 
 
@@ -254,10 +260,13 @@ class Conversation(ABC):
         if status is not Status.APPLIED:
             return Applied(status)
         written = yield from self.write(rules, chunk.ids, chunk.values)
-        if written.doubt is not None and not written.rows:
+        if written.doubt is not None and not (written.rows or written.unknown):
             # A trigger that is broken must not turn a whole table into dead letters.
             raise raised(written.doubt) from written.doubt
-        buried = yield from self._bury(chunk, written.refused)
+        refused = written.refused
+        if self.target.unknown == "dead":
+            refused = [*refused, *((place, UNKNOWN_ID) for place in written.unknown)]
+        buried = yield from self._bury(chunk, refused)
         return Applied(Status.APPLIED, written.rows, buried)
 
     def _enter(self, chunk: Chunk, copy: bytes) -> Steps[Status]:
@@ -265,7 +274,7 @@ class Conversation(ABC):
         read_at = _units.microseconds(chunk.read_at)
         entered = yield from self.run(
             _ENTER, chunk.counter, chunk.batch, chunk.ordinal, copy, chunk.digest, len(chunk.ids),
-            read_at,
+            bytes.fromhex(chunk.ledger), read_at,
         )  # fmt: skip
         if entered.count:
             return Status.APPLIED
@@ -358,7 +367,8 @@ class Conversation(ABC):
         rules = {name: columns[name] for name in names}
         written = yield from self.write(rules, [unit.id for unit in taken], values)
         kept = set()
-        for at, reason in written.refused:
+        # Unknown ids stay, whatever is done with new ones: these were kept on purpose.
+        for at, reason in [*written.refused, *((at, UNKNOWN_ID) for at in written.unknown)]:
             kept.add(at)
             reasons.setdefault(reason, []).extend(n for n, _ in taken[at].letters.values())
         done = [

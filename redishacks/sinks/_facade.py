@@ -62,9 +62,10 @@ class SyncFacade:
     def apply(self, chunk: Chunk) -> Applied:
         """Write a chunk and its ledger row in one transaction.
 
-        Rows that are refused become dead letters in it. Where not one row can be written and an
-        error looks as if the database were in disorder (a trigger that is broken, a missing grant),
-        it is raised, as `SchemaError` or `ServerError`, and nothing is changed.
+        Rows that are refused become dead letters in it. Where not one row can be written, nor is
+        an id unknown, and an error looks as if the database were in disorder (a trigger that is
+        broken, a missing grant), it is raised, as `SchemaError` or `ServerError`, and nothing is
+        changed.
         """
         return drive(self._steps.apply(chunk))
 
@@ -103,7 +104,8 @@ class SyncFacade:
         """Apply a counter's open dead letters again, a thousand in one transaction.
 
         Each is deleted in the transaction that applies it; one that is refused again stays, with
-        the new reason. Letters that another session retries are left to it.
+        the new reason, as one of an unknown id does even with `unknown="drop"`. Letters that
+        another session retries are left to it.
         """
         return drive(self._steps.retry(counter, columns))
 

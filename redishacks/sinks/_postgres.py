@@ -22,7 +22,6 @@ from redishacks._command import Steps
 from redishacks._sink import Chunk, ChunkId, Reading, Rule
 from redishacks.errors import UnavailableError, UsageError
 from redishacks.sinks._conversation import (
-    UNKNOWN_ID,
     Conversation,
     Database,
     Dialect,
@@ -67,6 +66,7 @@ _DIALECT = Dialect(
         "at_micros": "(extract(epoch FROM at) * 1000000)::bigint",
         "week_ago": "clock_timestamp() - interval '7 days'",
         "skip_locked": "FOR UPDATE SKIP LOCKED",
+        "held": "FOR KEY SHARE",
         "among_texts": "= ANY(%s::text[])",
         "among_numbers": "= ANY(%s::bigint[])",
     },
@@ -338,20 +338,23 @@ CREATE INDEX IF NOT EXISTS {_index_name(dead)} ON {identifier(*dead)} (counter, 
         rows, refused = as_rows(self.target, shape, ids, values)
         pieces = [rows] if rows.at else []
         count = suspects = 0
+        unknown: list[int] = []
         doubt: LackingError | UnforeseenError | None = None
-        sifted = False
+        looked = sifted = False
         yield from self.run("SAVEPOINT redishacks")
         while pieces:
             piece = pieces.pop()
             try:
-                written, unknown = yield from self._attempt(statements, piece)
+                written, missed = yield from self._attempt(statements, piece)
             except (RefusedError, SlowError, *SUSPICIOUS) as error:
                 yield from self.run("ROLLBACK TO SAVEPOINT redishacks")
-                if not sifted and not isinstance(error, SlowError):
-                    sifted = True
+                if not looked:  # later, a part that is written could not be taken back
+                    looked = True
                     yield from self.look(rules)
                     if self._shape != shape:  # the table has changed: these are not its types
                         return (yield from self.write(rules, ids, values))
+                if not sifted and not isinstance(error, SlowError):
+                    sifted = True
                     piece, bad = yield from self._sift(statements, shape, piece)
                     refused += bad
                     if bad:
@@ -369,32 +372,32 @@ CREATE INDEX IF NOT EXISTS {_index_name(dead)} ON {identifier(*dead)} (counter, 
                 suspects += 1
                 if (
                     suspects == _SUSPECTS
-                    and not count
+                    and not (count or unknown)
                     and (yield from self._none_passes(statements, pieces))
                 ):
                     refused += [(place, doubt.reason) for rest in pieces for place in rest.at]
                     break
             else:
                 count += written
-                if self.target.unknown == "dead":
-                    refused += [(place, UNKNOWN_ID) for place in unknown]
+                unknown += missed
                 if pieces:
                     # Left open, savepoints would nest deeper with every piece.
                     yield from self.database.run(
                         "RELEASE SAVEPOINT redishacks; SAVEPOINT redishacks"
                     )
-        return Written(count, refused, doubt)
+        return Written(count, refused, unknown, doubt)
 
     def _none_passes(self, statements: Statements, pieces: Sequence[Rows]) -> Steps[bool]:
         """Try some rows spread over these pieces; return whether all were refused. Writes none."""
         places = [(piece, n) for piece in pieces for n in range(len(piece.at))]
         for piece, n in places[:: len(places) // _SUSPECTS + 1]:
             try:
-                written, _ = yield from self._attempt(statements, piece.take([n]))
+                yield from self._attempt(statements, piece.take([n]))
+                passed = True
             except (RefusedError, SlowError, *SUSPICIOUS):
-                written = 0
+                passed = False
             yield from self.run("ROLLBACK TO SAVEPOINT redishacks")
-            if written:
+            if passed:
                 return False
         return True
 

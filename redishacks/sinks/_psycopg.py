@@ -277,6 +277,9 @@ _BUSY = {"40001", "40P01", "55P03"}
 #: Connection, resources, shutdown, system; a read-only server; a transaction that was timed out.
 _AWAY = {"08", "53", "57", "58"}
 _AWAY_STATES = {"25006", "25P03", "25P04", "40003"}
+#: Where PostgreSQL refuses a row by row-level security, with the code of a missing grant and a
+#: message that is translated. With a context, it is a row that a trigger writes elsewhere.
+_POLICY = "ExecWithCheckOptions"
 
 
 def verdict(error: psycopg.Error) -> Exception:
@@ -296,6 +299,8 @@ def verdict(error: psycopg.Error) -> Exception:
         return BusyError(reason)
     if kind in _AWAY or state in _AWAY_STATES:
         return UnavailableError(reason)
+    if error.diag.source_function == _POLICY and not error.diag.context:
+        return RefusedError(reason, state)
     if kind in ("42", "3F"):
         return LackingError(reason)
     if kind in _DATA or not _defined(state):

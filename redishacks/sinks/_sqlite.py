@@ -30,7 +30,6 @@ from redishacks._command import Steps, call
 from redishacks._sink import Chunk, ChunkId, Reading, Rule
 from redishacks.errors import SchemaError, ServerError, UnavailableError, UsageError
 from redishacks.sinks._conversation import (
-    UNKNOWN_ID,
     Conversation,
     Dialect,
     Lacks,
@@ -77,6 +76,7 @@ _DIALECT = Dialect(
         "at_micros": "at",
         "week_ago": f"{_NOW} - {7 * 86_400_000_000}",
         "skip_locked": "",
+        "held": "",
         "among_texts": "IN (SELECT value FROM json_each(?))",
         "among_numbers": "IN (SELECT value FROM json_each(?))",
     },
@@ -587,7 +587,7 @@ CREATE TABLE IF NOT EXISTS {identifier(*dead)} (
         sql = self._statement(shape, rules)
         flat = list(zip(*rows.keys, *rows.values, strict=True))
         if not flat:
-            return Written(0, refused)
+            return Written(0, refused, [])
         yield from self.run("SAVEPOINT redishacks")
         try:
             count = yield from call(self.database.execute_many, sql, flat)
@@ -595,7 +595,7 @@ CREATE TABLE IF NOT EXISTS {identifier(*dead)} (
             count = -1
         if count == len(flat):
             yield from self.run("RELEASE redishacks")
-            return Written(count, refused)
+            return Written(count, refused, [])
         if not self.database.in_transaction:
             raise _rolled_back()
         yield from self.run("ROLLBACK TO redishacks")
@@ -604,14 +604,14 @@ CREATE TABLE IF NOT EXISTS {identifier(*dead)} (
             return (yield from self.write(rules, ids, values))
         tried = yield from call(self._one_by_one, shape, sql, flat)
         refused += [(rows.at[place], reason) for place, reason in tried.refused]
-        if self.target.unknown == "drop":
-            refused = [(place, reason) for place, reason in refused if reason != UNKNOWN_ID]
-        return Written(tried.rows, refused, tried.doubt)
+        unknown = [rows.at[place] for place in tried.unknown]
+        return Written(tried.rows, refused, unknown, tried.doubt)
 
     def _one_by_one(self, shape: Shape, sql: str, rows: Sequence[tuple[Any, ...]]) -> Written:
         """Write rows one by one; there is no journey to each, so all are tried."""
         execute = self.database.execute
-        refused = []
+        refused: list[tuple[int, str]] = []
+        unknown: list[int] = []
         doubt: LackingError | UnforeseenError | None = None
         for place, row in enumerate(rows):
             execute("SAVEPOINT one")
@@ -619,7 +619,10 @@ CREATE TABLE IF NOT EXISTS {identifier(*dead)} (
                 if execute(sql, row).count != 1:
                     # A trigger may have written elsewhere before it let the row fall.
                     execute("ROLLBACK TO one")
-                    refused.append((place, self._why(shape, row)))
+                    if self._is_unknown(shape, row):
+                        unknown.append(place)
+                    else:
+                        refused.append((place, _NOT_WRITTEN))
             except (RefusedError, *SUSPICIOUS) as error:
                 if not self.database.in_transaction:
                     raise _rolled_back() from error
@@ -628,18 +631,14 @@ CREATE TABLE IF NOT EXISTS {identifier(*dead)} (
                 if not isinstance(error, RefusedError):
                     doubt = doubt or error
             execute("RELEASE one")
-        return Written(len(rows) - len(refused), refused, doubt)
+        return Written(len(rows) - len(refused) - len(unknown), refused, unknown, doubt)
 
-    def _why(self, shape: Shape, row: tuple[Any, ...]) -> str:
-        """Say why a statement that was not refused wrote no row; nobody else writes meanwhile."""
-        if self.target.mode == "update":
-            table, where = identifier(*self.target.table), self._where(shape)
-            found = self.database.execute(
-                f"SELECT 1 FROM {table} WHERE {where}", row[: len(shape.keys)]
-            )
-            if not found.rows:
-                return UNKNOWN_ID
-        return _NOT_WRITTEN
+    def _is_unknown(self, shape: Shape, row: tuple[Any, ...]) -> bool:
+        """Whether a statement wrote no row as there is none; nobody else writes meanwhile."""
+        if self.target.mode == "upsert":
+            return False
+        sql = f"SELECT 1 FROM {identifier(*self.target.table)} WHERE {self._where(shape)}"
+        return not self.database.execute(sql, row[: len(shape.keys)]).rows
 
     def _as_rows(
         self,
