@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import atexit
 import gc
 import os
 import signal
@@ -757,24 +756,30 @@ def test_an_async_counter_finds_its_host_at_exit(valkey: Any, prefix: str) -> No
 
 def test_counters_of_a_day_leave_nothing_behind(valkey: Any, prefix: str) -> None:
     """A counter per request adds no finalizer to multiprocessing's, nor to what atexit runs."""
-    from multiprocessing import util
+    done = run(
+        """
+        import atexit, sys
+        from multiprocessing import util
+        from redishacks.counters import BufferedCounter
+        seen = set()
+        for _ in range(5):
+            with BufferedCounter(sys.argv[1], "hits", prefix=sys.argv[2], linger=60) as hits:
+                hits.incr("/a")
+            seen.add((len(util._finalizer_registry), atexit._ncallbacks()))
+        assert len(seen) == 1, seen
+        """,
+        valkey.url,
+        prefix,
+    )
+    assert done.returncode == 0, done.stderr
+    assert total(valkey.url, prefix) == 5
 
-    def count() -> None:
-        with BufferedCounter(valkey.url, "hits", prefix=prefix, linger=60) as hits:
-            hits.incr("/a")
 
-    count()
-    before = len(util._finalizer_registry), atexit._ncallbacks()  # type: ignore[attr-defined]
-    for _ in range(5):
-        count()
-    after = len(util._finalizer_registry), atexit._ncallbacks()  # type: ignore[attr-defined]
-    assert after == before
-
-
-def test_a_spawned_child_sends_what_its_import_counted(
-    valkey: Any, prefix: str, tmp_path: Any
+@pytest.mark.parametrize("method", ["spawn", "forkserver"])
+def test_a_child_that_counted_while_importing_sends(
+    valkey: Any, prefix: str, tmp_path: Any, method: str
 ) -> None:
-    """A counter used while a spawned child imports its main module sends when the child ends."""
+    """A counter used while a child imports its main module sends when the child ends."""
     script = tmp_path / "spawns.py"
     script.write_text(
         textwrap.dedent(
@@ -786,14 +791,14 @@ def test_a_spawned_child_sends_what_its_import_counted(
             def child():
                 hits.incr("/child")
             if __name__ == "__main__":
-                process = mp.get_context("spawn").Process(target=child)
+                process = mp.get_context(sys.argv[3]).Process(target=child)
                 process.start()
                 process.join()
             """
         )
     )
     done = subprocess.run(
-        [sys.executable, str(script), valkey.url, prefix],
+        [sys.executable, str(script), valkey.url, prefix, method],
         capture_output=True,
         text=True,
         timeout=60,

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+# Else the first look-up of a name imports it, and a fork in that moment leaves the child without
+# the lock of imports.
+import encodings.idna  # noqa: F401
 import os
 import select
 import socket
