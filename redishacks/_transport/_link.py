@@ -33,7 +33,7 @@ _CHUNK = 65536
 _DONTWAIT = socket.MSG_DONTWAIT
 #: Seconds to look for a reply before sleeping: from the same machine or rack it comes sooner than
 #: the kernel puts a thread to sleep and wakes it, which is two thirds of such a call.
-_MOMENT = 60e-6
+_MOMENT = 150e-6
 #: Calls that sleep at once, after a look in vain.
 _IN_VAIN = 16
 #: A timeout of the kernel's for recv(): 1 ms, which it rounds up to a tick or two of its clock.
