@@ -76,6 +76,8 @@ class Buffer:
     an id in ASCII may stand in `ones`. Before either the caller asks whether it is `tight()`.
     """
 
+    what = "buffered hits"
+
     def __init__(
         self,
         batcher: Batcher,

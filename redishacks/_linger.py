@@ -1,6 +1,7 @@
 """Coalescing in the process: a `Buffer` of hits, sent every so often, at close and at exit.
 
-`Coalescer` sends from a thread, `AsyncCoalescer` from a task. What a SIGKILL loses is what was not
+`ThreadSender` sends from a thread, `TaskSender` from a task; `Coalescer` and `AsyncCoalescer` are
+those that take hits. What a SIGKILL loses is what was not
 sent: the hits of the last `linger` seconds plus the time that sends were failing. A forked child
 begins empty, as a producer of its own. A hit that comes when there is nobody left to send it, after
 the last send at exit, is sent by who counted it.
@@ -19,9 +20,10 @@ import time
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from typing import Any, TypeVar, TypeVarTuple
+from typing import Any, Generic, Protocol, Self, TypeVar, TypeVarTuple
 
 from redishacks._buffer import Amounts, Buffer
+from redishacks._command import Steps
 from redishacks._drive import AsyncTransport, Transport, drive, drive_async
 from redishacks._units import seconds
 from redishacks.errors import MaybeAppliedError, RedisHacksError, UnavailableError, UsageError
@@ -35,10 +37,38 @@ PAUSES = (0.05, 1.0)
 _log = logging.getLogger("redishacks")
 
 
-class _Sender(ABC):
+class Outgoing(Protocol):
+    """What a sender sends every so often: a `Buffer` of hits, or something with its ways."""
+
+    #: How a log calls it.
+    what: str
+    room: int
+    error: RedisHacksError | None
+    forked: bool
+
+    def held(self) -> int:
+        """Return how much is yet to be sent."""
+
+    def make_room(self) -> bool:
+        """Return whether there is room for more."""
+
+    def full(self) -> UnavailableError:
+        """Return the error for what finds no room."""
+
+    def send(self) -> Steps[None]:
+        """Send what is held; raises when it could not."""
+
+    def after_fork(self) -> Self:
+        """Return what a forked child begins with."""
+
+
+B = TypeVar("B", bound=Outgoing)
+
+
+class _Sender(ABC, Generic[B]):
     """What both colours decide alike: when to send again, and whether a hit finds room."""
 
-    def __init__(self, buffer: Buffer, *, linger: float, deadline: float, overflow: str) -> None:
+    def __init__(self, buffer: B, *, linger: float, deadline: float, overflow: str) -> None:
         if overflow not in ("raise", "block"):
             raise UsageError(f"overflow must be 'raise' or 'block', not {overflow!r}")
         self.buffer = buffer
@@ -84,7 +114,8 @@ class _Sender(ABC):
             return not self._abandoned
         self._pause = min(max(2 * self._pause, PAUSES[0]), max(PAUSES[1], self._linger))
         _log.warning(
-            "buffered hits could not be sent, will try again: %s",
+            "%s could not be sent, will try again: %s",
+            self.buffer.what,
             error,
             # An error of ours says enough; any other is a callback's, or a fault.
             exc_info=None if isinstance(error, RedisHacksError) else error,
@@ -95,7 +126,7 @@ class _Sender(ABC):
         if self._refusing:
             raise UsageError("it is closed and counts no more")
 
-    def _has_room(self, buffer: Buffer) -> bool:
+    def _has_room(self, buffer: B) -> bool:
         """Make room in the log; raises when the counter cannot be used at all."""
         if isinstance(buffer.error, UsageError):
             raise buffer.error
@@ -112,14 +143,14 @@ class _Sender(ABC):
             raise self.buffer.full()
 
 
-class Coalescer(_Sender):
+class ThreadSender(_Sender[B]):
     """Sends a buffer every `linger` seconds from one daemon thread, begun by the first hit.
 
     At interpreter exit the last send runs in the exiting thread. A forked child begins empty with
     a thread of its own.
     """
 
-    def __init__(self, buffer: Buffer, transport: Transport, **options: Any) -> None:
+    def __init__(self, buffer: B, transport: Transport, **options: Any) -> None:
         super().__init__(buffer, **options)
         self._transport = transport
         self._reset()
@@ -136,28 +167,28 @@ class Coalescer(_Sender):
         super().after_fork()
         self._reset()
 
-    def add(self, raw: bytes, amounts: Amounts) -> None:
-        """Take one hit, or raise `UnavailableError` with the hit not taken."""
-        buffer = self.buffer  # a hit under way at a fork is the parent's
-        if buffer.tight():
-            self.make_room()
-        buffer.others.append((raw, amounts))
-        if self.closed:
-            self.send_late()
-
     def make_room(self) -> None:
         """Make sure of a sender and of room in the log, or raise `UnavailableError`."""
         self._check_open()
         buffer = self.buffer
-        if self._thread is None:
-            self._start()
+        if not self.running():
+            self.start()
         end = time.monotonic() + self._deadline
         while not self._has_room(buffer):
             self._nudge()
             self._wait_longer(end)
             time.sleep(0.001)
 
-    def _start(self) -> None:
+    def running(self) -> bool:
+        """Return whether the thread is there."""
+        return self._thread is not None
+
+    def somewhere(self) -> bool:
+        """Return the same: a thread serves everybody."""
+        return self._thread is not None
+
+    def start(self) -> None:
+        """Start the thread."""
         thread = threading.Thread(target=self._work, name="redishacks-linger", daemon=True)
         self._thread = thread
         # After that: a child that is forked in between finds no thread and begins again.
@@ -234,13 +265,13 @@ class Coalescer(_Sender):
         self._nudge()
 
 
-class AsyncCoalescer(_Sender):
+class TaskSender(_Sender[B]):
     """Sends a buffer every `linger` seconds from a task of the running loop.
 
     When the loop is closed by `asyncio.run` the cancelled task sends the rest first.
     """
 
-    def __init__(self, buffer: Buffer, transport: AsyncTransport, **options: Any) -> None:
+    def __init__(self, buffer: B, transport: AsyncTransport, **options: Any) -> None:
         super().__init__(buffer, **options)
         self._transport = transport
         self._settle(None)
@@ -257,31 +288,36 @@ class AsyncCoalescer(_Sender):
         self._sending = asyncio.Lock()
         self._wake = asyncio.Event()
 
-    async def add(self, raw: bytes, amounts: Amounts) -> None:
-        """Take one hit, or raise `UnavailableError` with the hit not taken."""
-        buffer = self.buffer  # a hit under way at a fork is the parent's
-        if buffer.tight() or self.loop is not asyncio.get_running_loop():
-            await self.make_room()
-        buffer.others.append((raw, amounts))
-        if self.closed:
-            with _taken():
-                await self._finish()
-
     async def make_room(self) -> None:
         """Make sure of a sender on this loop and of room, or raise `UnavailableError`."""
         self._check_open()
-        buffer, loop = self.buffer, asyncio.get_running_loop()
-        if self.loop is not loop:
-            self._settle(loop)
-        if self._task is None or self._task.done():
-            self._begin()
-            if not self.closed:
-                self._task = loop.create_task(self._work(), name="redishacks-linger")
+        buffer = self.buffer
+        if not self.running():
+            self.start()
         end = time.monotonic() + self._deadline
         while not self._has_room(buffer):
             self._wake.set()
             self._wait_longer(end)
             await asyncio.sleep(0.001)
+
+    def running(self) -> bool:
+        """Return whether the task is there, on this loop."""
+        here = self.loop is asyncio.get_running_loop()
+        return here and self._task is not None and not self._task.done()
+
+    def somewhere(self) -> bool:
+        """Return whether the task is there, on whatever loop."""
+        task, loop = self._task, self.loop
+        return task is not None and not task.done() and loop is not None and not loop.is_closed()
+
+    def start(self) -> None:
+        """Start the task on this loop."""
+        loop = asyncio.get_running_loop()
+        if self.loop is not loop:
+            self._settle(loop)
+        self._begin()
+        if not self.closed:
+            self._task = loop.create_task(self._work(), name="redishacks-linger")
 
     async def _work(self) -> None:
         going = True
@@ -345,6 +381,33 @@ class AsyncCoalescer(_Sender):
                 self.loop.call_soon_threadsafe(self._wake.set)
 
 
+class Coalescer(ThreadSender[Buffer]):
+    """Takes hits, and sends them from a thread."""
+
+    def add(self, raw: bytes, amounts: Amounts) -> None:
+        """Take one hit, or raise `UnavailableError` with the hit not taken."""
+        buffer = self.buffer  # a hit under way at a fork is the parent's
+        if buffer.tight():
+            self.make_room()
+        buffer.others.append((raw, amounts))
+        if self.closed:
+            self.send_late()
+
+
+class AsyncCoalescer(TaskSender[Buffer]):
+    """Takes hits, and sends them from a task."""
+
+    async def add(self, raw: bytes, amounts: Amounts) -> None:
+        """Take one hit, or raise `UnavailableError` with the hit not taken."""
+        buffer = self.buffer  # a hit under way at a fork is the parent's
+        if buffer.tight() or self.loop is not asyncio.get_running_loop():
+            await self.make_room()
+        buffer.others.append((raw, amounts))
+        if self.closed:
+            with _taken():
+                await self._finish()
+
+
 class _LastLoop(asyncio.SelectorEventLoop):
     """Calls functions in its own thread, as no other can be started while the interpreter exits.
 
@@ -384,14 +447,14 @@ class _Registry:
     """Who begins empty in a forked child, and who sends at exit."""
 
     def __init__(self) -> None:
-        self._known: weakref.WeakSet[_Sender] = weakref.WeakSet()
+        self._known: weakref.WeakSet[_Sender[Any]] = weakref.WeakSet()
         # Held, since a counter may be garbage before its last hits are sent.
-        self._held: set[_Sender] = set()
+        self._held: set[_Sender[Any]] = set()
         self._exiting = False
         self._watching = False
         self._watching_process = False
 
-    def know(self, sender: _Sender) -> None:
+    def know(self, sender: _Sender[Any]) -> None:
         """Tell it about a fork."""
         self._known.add(sender)
         if not self._watching:
@@ -400,7 +463,7 @@ class _Registry:
             # Not at the first hit: that may come while exit handlers run, too late to add one.
             atexit.register(self._exit)
 
-    def hold(self, sender: _Sender) -> bool:
+    def hold(self, sender: _Sender[Any]) -> bool:
         """Let it send at exit; return whether exit has come before."""
         self._held.add(sender)
         if not self._watching_process and "multiprocessing.util" in sys.modules:
@@ -411,7 +474,7 @@ class _Registry:
             self._watch_process()
         return self._exiting
 
-    def release(self, sender: _Sender) -> None:
+    def release(self, sender: _Sender[Any]) -> None:
         """Forget it: nothing is left to be sent."""
         self._held.discard(sender)
 
@@ -429,7 +492,8 @@ class _Registry:
             try:
                 sender.exit()
             except Exception as error:
-                _log.error("hits were lost at exit, %d ids: %s", sender.buffer.held(), error)
+                buffer = sender.buffer
+                _log.error("%s were lost at exit, %d: %s", buffer.what, buffer.held(), error)
 
     def _after_fork(self) -> None:
         for sender in list(self._known):

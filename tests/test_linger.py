@@ -621,8 +621,8 @@ def test_two_first_hits_at_once_leave_one_sender(valkey: Any, prefix: str) -> No
     """Of two threads that both find no sender, and both start one, one sender goes on."""
     hits = BufferedCounter(valkey.url, "hits", prefix=prefix, linger=0.01)
     before = threading.active_count()
-    hits._coalescer._start()  # type: ignore[union-attr]
-    hits._coalescer._start()  # type: ignore[union-attr]
+    hits._coalescer.start()  # type: ignore[union-attr]
+    hits._coalescer.start()  # type: ignore[union-attr]
     eventually(lambda: threading.active_count() == before + 1)
     hits.incr("/a")
     eventually(lambda: total(valkey.url, prefix) == 1)
