@@ -26,6 +26,9 @@ class Transport(Protocol):
     def close(self) -> None:
         """Close idle connections; the next call opens new ones."""
 
+    def where(self, command: Command[Any]) -> str:
+        """Name the node that a command goes to."""
+
 
 class AsyncTransport(Protocol):
     """The same for asyncio."""
@@ -38,6 +41,9 @@ class AsyncTransport(Protocol):
 
     async def aclose(self) -> None:
         """Close this loop's connections; the next call opens new ones."""
+
+    def where(self, command: Command[Any]) -> str:
+        """Name the node that a command goes to."""
 
 
 def perform(effect: Effect, transport: Transport | None, deadline: float) -> Any:

@@ -13,6 +13,7 @@ from redishacks.errors import UsageError
 #: The longest id or key that a tool accepts, in bytes.
 MAX_ID = 2048
 
+_UNSAFE_BYTE = re.compile(r"[%{}\x00-\x1f\x7f-\xff]")
 _UNSAFE = re.compile(r"[%{}\x00-\x1f\x7f]")
 
 
@@ -33,22 +34,31 @@ def make(prefix: str, tool: str, tag: str, *rest: str) -> bytes:
     return ":".join((prefix, tool, f"{{{tag}}}", *rest)).encode()
 
 
-def id_bytes(value: str | int | bytes) -> bytes:
+def quote_bytes(raw: bytes) -> str:
+    """Percent-encode a key of any content, as `quote` does; bytes that are no UTF-8 as well."""
+    try:
+        return quote(raw.decode())
+    except UnicodeDecodeError:
+        return _UNSAFE_BYTE.sub(lambda found: f"%{ord(found[0]):02X}", raw.decode("latin-1"))
+
+
+def id_bytes(value: str | int | bytes, what: str = "id") -> bytes:
     """Return an id as the bytes Redis holds: `42`, `"42"` and `b"42"` are the same id."""
     if isinstance(value, str):
         try:
             raw = value.encode()
         except UnicodeEncodeError:
-            raise UsageError(f"id {value!r} is not encodable as UTF-8") from None
+            raise UsageError(f"{what} {value!r} is not encodable as UTF-8") from None
     elif isinstance(value, bytes):
         raw = value
     elif isinstance(value, int) and not isinstance(value, bool):
         raw = b"%d" % value
     else:
-        raise UsageError(f"an id is a str, an int or bytes, not {type(value).__name__}: {value!r}")
+        kind = type(value).__name__
+        raise UsageError(f"{what}: a str, an int or bytes is accepted, not {kind}: {value!r}")
     if 0 < len(raw) <= MAX_ID:
         return raw
-    raise UsageError(f"an id has 1 to {MAX_ID} bytes, and this one has {len(raw)}")
+    raise UsageError(f"{what}: accepted are 1 to {MAX_ID} bytes, and this one has {len(raw)}")
 
 
 def id_shown(raw: bytes) -> str | bytes:

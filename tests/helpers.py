@@ -26,6 +26,7 @@ from redishacks._sink import (
 )
 from redishacks.counters import AsyncBufferedCounter, AsyncFlushJob, BufferedCounter, FlushJob
 from redishacks.counters.commands import merged
+from redishacks.ratelimit import AsyncRateLimiter, Limit, RateLimiter
 from redishacks.sinks import AsyncPostgresSink
 from tests.workers import make_sink
 
@@ -62,6 +63,33 @@ class Colour:
         if self._runner:
             return Facade(AsyncBufferedCounter(client, name, **options), self._runner)
         return BufferedCounter(client, name, **options)
+
+    def limiter(self, client: Any, name: str, *limits: Limit, **options: Any) -> Any:
+        """Return a rate limiter of this colour."""
+        if self._runner:
+            return Facade(AsyncRateLimiter(client, name, *limits, **options), self._runner)
+        return RateLimiter(client, name, *limits, **options)
+
+    def reserve(
+        self, limiter: Any, key: str, estimate: int, actual: int | None, error: Any = None
+    ) -> None:
+        """Reserve, settle what is given, and raise what is given."""
+
+        def settle(reservation: Any) -> None:
+            if actual is not None:
+                reservation.settle(actual)
+            if error is not None:
+                raise error
+
+        async def main() -> None:
+            async with limiter.target.reserve(key, estimate) as reservation:
+                settle(reservation)
+
+        if self._runner:
+            self._runner.run(main())
+            return
+        with limiter.reserve(key, estimate) as reservation:
+            settle(reservation)
 
     def sink(self, url: str, table: str = "pages") -> Any:
         """Return a sink of pages, open until `close`."""

@@ -50,6 +50,10 @@ class Observed:
         """Close idle connections; the next call opens new ones."""
         self._transport.close()
 
+    def where(self, command: Command[Any]) -> str:
+        """Name the node that a command goes to."""
+        return self._transport.where(command)
+
 
 class AsyncObserved:
     """The same for asyncio."""
@@ -80,6 +84,10 @@ class AsyncObserved:
     async def aclose(self) -> None:
         """Close this loop's connections; the next call opens new ones."""
         await self._transport.aclose()
+
+    def where(self, command: Command[Any]) -> str:
+        """Name the node that a command goes to."""
+        return self._transport.where(command)
 
 
 def _tell(

@@ -1,0 +1,207 @@
+"""What a process may answer by itself: refusals of a moment ago, and tokens taken in advance.
+
+A refusal stands until its `retry_after` has passed, seen from when the question was sent and with
+a thousandth to spare for clocks; at most `deny_max` seconds, since a reset, a refund or a raised
+limit elsewhere is not heard of. The tokens of a lease were charged in one sub-bucket of a window,
+and are good until that sub-bucket ends: spent later, they would count in the wrong place.
+"""
+
+from __future__ import annotations
+
+import itertools
+import operator
+from collections import deque
+from time import monotonic
+
+from redishacks.ratelimit.commands import Question
+from redishacks.ratelimit.decision import Charge, Decision, aged
+
+#: Clocks of two machines differ by less than a thousandth.
+SKEW = 0.999
+#: A refusal that is repeated says the same figures for so long, in seconds.
+_FRESH = 0.001
+#: Keys that are remembered.
+_MOST = 10_000
+#: Tokens of a lease, when its size is found out.
+_LARGEST = 10_000
+
+
+class Denied:
+    """A refusal, repeated until it no longer holds."""
+
+    __slots__ = (
+        "_cost", "_decision", "_first", "_fresh", "_most", "_since", "_tally", "_told",
+        "question", "until",
+    )  # fmt: skip
+
+    def __init__(
+        self, question: Question, decision: Decision, cost: int, since: float, longest: float
+    ) -> None:
+        wait = longest if decision.retry_after is None else decision.retry_after * SKEW
+        self.question = question
+        self.until = since + min(wait, longest)
+        self._first = self._decision = decision._replace(source="deny")
+        self._cost = cost
+        #: Above this it would be an error.
+        self._most = min(rule.limit.most for rule in question.rules)
+        self._since = self._fresh = since
+        self._tally = itertools.count()
+        self._told = 0
+
+    def answer(self, cost: int) -> Decision | None:
+        """Refuse once more; None: Redis has to be asked, since a cheaper hit may pass."""
+        now = monotonic()
+        if now >= self._fresh:
+            if now >= self.until:
+                return None
+            self._fresh = min(now + _FRESH, self.until)
+            self._decision = aged(self._first, now - self._since)
+        if not self._cost <= cost <= self._most:
+            return None
+        next(self._tally)
+        return self._decision
+
+    def total(self) -> int:
+        """Return how often it was repeated."""
+        return reached(self._tally)
+
+    def pending(self) -> int:
+        """Return how many refusals nobody has been told of."""
+        return reached(self._tally) - self._told
+
+    def news(self) -> int:
+        """Return the same, and take them for told."""
+        count = reached(self._tally)
+        news, self._told = count - self._told, count
+        return news
+
+
+class Lease:
+    """Tokens that are charged already: each is spent by one hit, until the time is up."""
+
+    __slots__ = ("_decision", "_tokens", "question", "size", "until")
+
+    def __init__(self, question: Question, decision: Decision, size: int, until: float) -> None:
+        self.question = question
+        #: Tokens at the beginning; one of them went to the hit that asked.
+        self.size = size
+        self.until = until
+        self._decision = decision
+        # Taken one by one, by whatever thread.
+        self._tokens = iter(range(size - 2, -1, -1))
+
+    def answer(self, cost: int) -> Decision | None:
+        """Spend a token; None: Redis has to be asked."""
+        if cost != 1 or monotonic() >= self.until:
+            return None
+        left = next(self._tokens, None)
+        if left is None:
+            return None
+        first = self._decision
+        charge = first.charge
+        assert charge is not None
+        return Decision(
+            True,
+            first.limit,
+            (first.remaining or 0) + left,
+            0.0,
+            first.reset_after,
+            first.each,
+            "lease",
+            False,
+            Charge(charge.limiter, charge.question, charge.reply),
+        )
+
+    def next_size(self) -> int:
+        """Return how many tokens to take next, now that these do not answer any more.
+
+        Twice as many when all were spent in time, else as many as were; at most half of what the
+        limit has left.
+        """
+        left = self.pending()
+        wanted = self.size - left if left else 2 * self.size
+        return max(1, min(wanted, (self._decision.remaining or 0) // 2, _LARGEST))
+
+    def drain(self) -> int:
+        """Take all that is left, for good; return how much."""
+        return sum(1 for _ in self._tokens)
+
+    def pending(self) -> int:
+        """Return how much waits to be given back."""
+        return operator.length_hint(self._tokens)
+
+    def news(self) -> int:
+        """Return how many refusals nobody has been told of: none."""
+        return 0
+
+    def total(self) -> int:
+        """Return how often it refused: never."""
+        return 0
+
+    def give_back(self, tokens: int) -> tuple[list[int], list[int]]:
+        """Return costs and moments of a refund of so many tokens."""
+        charge = self._decision.charge
+        assert charge is not None
+        return [cost * tokens for cost in charge.question.costs], charge.moments()
+
+
+class Memory:
+    """What is remembered, by key."""
+
+    def __init__(self) -> None:
+        self.entries: dict[object, Denied | Lease] = {}
+        #: What was replaced before all of it was told or spent.
+        self._replaced: deque[Denied | Lease] = deque()
+        #: Refusals repeated by entries that are gone.
+        self._past = 0
+
+    def put(self, key: object, entry: Denied | Lease) -> None:
+        """Remember a refusal or a lease; without room a refusal is not, and a lease is returned."""
+        old = self.entries.get(key)
+        if old is not None:
+            self._replaced.append(old)
+        elif len(self.entries) >= _MOST:
+            if isinstance(entry, Lease):
+                self._replaced.append(entry)
+            return
+        self.entries[key] = entry
+
+    def waiting(self) -> int:
+        """Return how much waits to be told or given back."""
+        entries = [*self._replaced, *self.entries.values()]
+        return sum(entry.pending() for entry in entries)
+
+    def news(self) -> list[tuple[Question, int]]:
+        """Return how often each question was refused that nobody has been told of."""
+        entries = [*self._replaced, *self.entries.values()]
+        return [(entry.question, times) for entry in entries if (times := entry.news())]
+
+    def sweep(self, *, everything: bool = False) -> list[tuple[Lease, int]]:
+        """Forget what no longer holds; return leases with the tokens to be given back."""
+        now = monotonic()
+        gone = [self._replaced.popleft() for _ in range(len(self._replaced))]
+        for key, entry in list(self.entries.items()):
+            if everything or entry.until <= now:
+                self.entries.pop(key, None)
+                gone.append(entry)
+        self._past += sum(entry.total() for entry in gone)
+        leases = [entry for entry in gone if isinstance(entry, Lease)]
+        return [(lease, left) for lease in leases if (left := lease.drain())]
+
+    def repeated(self) -> int:
+        """Return how many refusals were answered from memory."""
+        entries = [*self._replaced, *self.entries.values()]
+        return self._past + sum(entry.total() for entry in entries)
+
+    def forget_all(self, question: Question) -> None:
+        """Forget what any of these keys in Redis has refused."""
+        keys = set(question.keys)
+        for key, entry in list(self.entries.items()):
+            if isinstance(entry, Denied) and not keys.isdisjoint(entry.question.keys):
+                self.entries.pop(key, None)
+                self._replaced.append(entry)
+
+
+def reached(count: itertools.count[int]) -> int:
+    """Return how far a count has got, which threads share without a lock."""
+    return int(repr(count)[6:-1])

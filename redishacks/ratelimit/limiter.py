@@ -1,0 +1,448 @@
+"""`RateLimiter`: allow so much per so long, over all processes, in one round trip.
+
+    limiter = RateLimiter(client, "api", Limit(20, 60))
+    if not limiter.hit(user).allowed:
+        ...
+
+Each hit is one script on one key per limit (`ratelimit_decide`), which charges all limits or none
+and says every figure that an HTTP answer needs. The clock is the server's. A refused hit costs
+nothing. A hit whose reply was lost is never said again.
+
+Trade-offs: a refusal is repeated from memory for up to `deny_max` seconds, so that a reset or a
+refund elsewhere is seen that late.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import inspect
+import weakref
+from collections.abc import Callable, Iterable, Sequence
+from time import monotonic
+from types import TracebackType
+from typing import Any, Literal, TypeVar, cast
+
+from redishacks._command import Steps
+from redishacks._drive import drive, drive_async
+from redishacks._linger import TaskSender, ThreadSender
+from redishacks._transport import Hook, connect, connect_async
+from redishacks._units import Seconds
+from redishacks.errors import UsageError
+from redishacks.ratelimit._core import AWAY, Cost, Keys, Limiter, Limits, Near
+from redishacks.ratelimit.commands import Key
+from redishacks.ratelimit.decision import Decision, RateLimitedError
+from redishacks.ratelimit.limit import Ban, Limit
+
+#: Seconds between two rounds of chores.
+_PERIOD = 1.0
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+class RateLimiter(Limiter):
+    """Limits how often something happens, over all processes.
+
+    `client` is a `redis.Redis`, a Sentinel master, a `redis.RedisCluster`, a fakeredis client or a
+    URL; `name` tells this limiter's keys from others'. With several `limits` a hit passes when all
+    allow it, else none is charged. A `key` is a str, an int or bytes of up to 2,048 bytes; with a
+    mapping such as `{"user": "u1", "ip": "10.1.2.3"}` a limit counts the part of its `name`, one
+    without a name each part. On a cluster the keys of one decision share a slot: one key does, and
+    with `tag="name"` all keys of the limiter do.
+
+    `deadline` bounds a question, in seconds. When Redis is away, `on_error` says what then:
+    "raise" `UnavailableError` or, for a lost reply, `MaybeAppliedError`; "allow"; "deny"; or
+    "local": count in this process, sharing each limit with the processes seen lately (a process
+    that has never reached Redis takes `local_share` of it). After one failure nobody is asked
+    again until a probe in the background, once a second, gets an answer.
+
+    `deny_cache` repeats a refusal from memory until its `retry_after`, at most `deny_max` seconds.
+    `shadow=True` counts and decides but never refuses. `near=(0.8, callback)` calls
+    `callback(key, decision)` when four fifths of a limit are used. Keys and networks in `deny` are
+    always refused, those in `allow` never. `ban` refuses everything for a while after too many
+    refusals. `on_command(name, node, seconds, error)` is called after every command.
+    """
+
+    def __init__(
+        self,
+        client: Any,
+        name: str,
+        *limits: Limit,
+        prefix: str = "rh",
+        tag: str = "key",
+        deadline: Seconds = 0.05,
+        on_error: str = "raise",
+        local_share: float = 0.1,
+        lease: int | Literal["auto"] | None = None,
+        deny_cache: bool = True,
+        deny_max: Seconds = 1.0,
+        shadow: bool = False,
+        near: Near | None = None,
+        allow: Iterable[Key] = (),
+        deny: Iterable[Key] = (),
+        ban: Ban | None = None,
+        on_command: Hook | None = None,
+    ) -> None:
+        super().__init__(
+            name, limits, prefix, tag, deadline, on_error, local_share, lease, deny_cache, deny_max,
+            shadow, near, allow, deny, ban,
+        )  # fmt: skip
+        self.transport = connect(client, on_command)
+        self._background = ThreadSender(
+            self._chores, self.transport, linger=_PERIOD, deadline=self.deadline, overflow="raise"
+        )
+        weakref.finalize(self, self._background.abandon)
+
+    def hit(self, key: Keys, cost: Cost = 1, *, limits: Limits = None) -> Decision:
+        """Charge `cost` to every limit, if all allow it. One round trip; none when remembered.
+
+        `cost` may name limits: `{"user": 1, "ip": 3}`. `limits` replaces the limiter's own for
+        this hit. Raises `CostError` for a cost that could never be allowed; when Redis is away, as
+        `on_error` says.
+        """
+        decision = self.recall(key, cost, limits)
+        if decision is not None:
+            return decision
+        question = self.ask(key, cost, limits)
+        if isinstance(question, Decision):
+            return question
+        since = monotonic()
+        try:
+            reply = self.transport.call(self.command(key, cost, limits, question), self.deadline)
+        except AWAY as error:
+            return self.without(question, error)
+        return self.answered(key, cost, limits, question, reply, since)
+
+    def peek(self, key: Keys, cost: Cost = 1, *, limits: Limits = None) -> Decision:
+        """Say what a hit would say, and charge nothing. One round trip."""
+        return drive(self.peek_steps(key, cost, limits), self.transport, self.deadline)
+
+    def hit_many(
+        self, keys: Sequence[Keys], cost: Cost = 1, *, limits: Limits = None
+    ) -> list[Decision]:
+        """Hit many keys, each by itself, in one round trip per node; decisions in their order."""
+        return drive(self.many_steps(keys, cost, limits), self.transport, self.deadline)
+
+    def wait(
+        self, key: Keys, cost: Cost = 1, timeout: Seconds | None = None, *, limits: Limits = None
+    ) -> Decision:
+        """Sleep until a hit is allowed, then it has been charged; refuse at once if that is later.
+
+        One `gcra` limit: a turn is taken in one round trip, so waiters of all processes are served
+        in order and at the limit's full rate; one that is killed costs its own turn. Other limits:
+        sleeps for `retry_after` and tries again, in no promised order.
+        """
+        return drive(self.wait_steps(key, cost, timeout, limits), self.transport, self.deadline)
+
+    def refund(self, decision: Decision, n: int | None = None) -> int:
+        """Give back what a decision took, `n` of its cost or the rest; return how much.
+
+        At most what it took, and only while that still counts. One round trip; one whose reply is
+        lost is not repeated.
+        """
+        return drive(self.refund_steps(decision, n), self.transport, self.deadline)
+
+    def reset(self, key: Keys, *, limits: Limits = None) -> None:
+        """Forget all that a key has used, and its bans. One round trip."""
+        drive(self.reset_steps(key, limits), self.transport, self.deadline)
+
+    def top(self, count: int = 10) -> list[tuple[str, int]]:
+        """Return the keys refused most in the last 24 hours, with how often. One round trip.
+
+        The thousand keys refused most are remembered per hour; a process tells once a second.
+        """
+        return drive(self.top_steps(count), self.transport, self.deadline)
+
+    def reserve(self, key: Keys, estimate: int, *, limits: Limits = None) -> Reservation:
+        """Charge an estimate for the time of a `with`, and settle the actual cost in it.
+
+            with limiter.reserve("u1", 500) as reservation:
+                reservation.settle(count_tokens(...))
+
+        Raises `RateLimitedError` on entry. What was too much is given back at the end; what was too
+        little is charged, even beyond the limit. An exception gives all of it back.
+        """
+        return Reservation(self, key, estimate, limits)
+
+    def close(self) -> None:
+        """Give back leased tokens and tell what is to be told; at exit this happens by itself."""
+        self._chores.closing = True
+        self._background.send()
+
+    def __call__(self, key: Keys, cost: Cost = 1, *, limits: Limits = None) -> Passage:
+        """Return a context manager that hits on entry, and raises `RateLimitedError`."""
+        return Passage(self, key, cost, limits)
+
+    def limit(
+        self, key: Keys | Callable[..., Keys], cost: Cost | Callable[..., Cost] = 1
+    ) -> Callable[[F], F]:
+        """Return a decorator that hits before each call, and raises `RateLimitedError`.
+
+        `key` and `cost` may be functions of the call's arguments. An async function is hit for in a
+        thread; `AsyncRateLimiter` does without.
+        """
+
+        def decorate(function: F) -> F:
+            if inspect.iscoroutinefunction(function):
+
+                @functools.wraps(function)
+                async def limited(*args: Any, **kwargs: Any) -> Any:
+                    hit = Passage(self, _made(key, args, kwargs), _made(cost, args, kwargs), None)
+                    await asyncio.to_thread(hit.__enter__)
+                    return await function(*args, **kwargs)
+            else:
+
+                @functools.wraps(function)
+                def limited(*args: Any, **kwargs: Any) -> Any:
+                    with Passage(self, _made(key, args, kwargs), _made(cost, args, kwargs), None):
+                        return function(*args, **kwargs)
+
+            return cast("F", limited)
+
+        return decorate
+
+
+class AsyncRateLimiter(Limiter):
+    """`RateLimiter` for asyncio: takes the `redis.asyncio` twins of its clients, or a URL."""
+
+    def __init__(
+        self,
+        client: Any,
+        name: str,
+        *limits: Limit,
+        prefix: str = "rh",
+        tag: str = "key",
+        deadline: Seconds = 0.05,
+        on_error: str = "raise",
+        local_share: float = 0.1,
+        lease: int | Literal["auto"] | None = None,
+        deny_cache: bool = True,
+        deny_max: Seconds = 1.0,
+        shadow: bool = False,
+        near: Near | None = None,
+        allow: Iterable[Key] = (),
+        deny: Iterable[Key] = (),
+        ban: Ban | None = None,
+        on_command: Hook | None = None,
+    ) -> None:
+        super().__init__(
+            name, limits, prefix, tag, deadline, on_error, local_share, lease, deny_cache, deny_max,
+            shadow, near, allow, deny, ban,
+        )  # fmt: skip
+        self.transport = connect_async(client, on_command)
+        self._background = TaskSender(
+            self._chores, self.transport, linger=_PERIOD, deadline=self.deadline, overflow="raise"
+        )
+        weakref.finalize(self, self._background.abandon)
+
+    async def hit(self, key: Keys, cost: Cost = 1, *, limits: Limits = None) -> Decision:
+        """Charge `cost` to every limit, if all allow it, as `RateLimiter.hit`."""
+        decision = self.recall(key, cost, limits)
+        if decision is not None:
+            return decision
+        question = self.ask(key, cost, limits)
+        if isinstance(question, Decision):
+            return question
+        since = monotonic()
+        try:
+            reply = await self.transport.call(
+                self.command(key, cost, limits, question), self.deadline
+            )
+        except AWAY as error:
+            return self.without(question, error)
+        return self.answered(key, cost, limits, question, reply, since)
+
+    async def peek(self, key: Keys, cost: Cost = 1, *, limits: Limits = None) -> Decision:
+        """Say what a hit would say, and charge nothing. One round trip."""
+        return await drive_async(self.peek_steps(key, cost, limits), self.transport, self.deadline)
+
+    async def hit_many(
+        self, keys: Sequence[Keys], cost: Cost = 1, *, limits: Limits = None
+    ) -> list[Decision]:
+        """Hit many keys, each by itself, in one round trip per node; decisions in their order."""
+        return await drive_async(self.many_steps(keys, cost, limits), self.transport, self.deadline)
+
+    async def wait(
+        self,
+        key: Keys,
+        cost: Cost = 1,
+        timeout: Seconds | None = None,  # noqa: ASYNC109 - a refusal, not a cancellation
+        *,
+        limits: Limits = None,
+    ) -> Decision:
+        """Sleep until a hit is allowed, as `RateLimiter.wait`; a cancelled turn may come back."""
+        steps = self.wait_steps(key, cost, timeout, limits)
+        return await drive_async(steps, self.transport, self.deadline)
+
+    async def refund(self, decision: Decision, n: int | None = None) -> int:
+        """Give back what a decision took, as `RateLimiter.refund`."""
+        return await drive_async(self.refund_steps(decision, n), self.transport, self.deadline)
+
+    async def reset(self, key: Keys, *, limits: Limits = None) -> None:
+        """Forget all that a key has used, and its bans. One round trip."""
+        await drive_async(self.reset_steps(key, limits), self.transport, self.deadline)
+
+    async def top(self, count: int = 10) -> list[tuple[str, int]]:
+        """Return the keys refused most in the last 24 hours, with how often. One round trip."""
+        return await drive_async(self.top_steps(count), self.transport, self.deadline)
+
+    def reserve(self, key: Keys, estimate: int, *, limits: Limits = None) -> AsyncReservation:
+        """Charge an estimate for the time of an `async with`, as `RateLimiter.reserve`."""
+        return AsyncReservation(self, key, estimate, limits)
+
+    async def aclose(self) -> None:
+        """Give back leased tokens and tell what is to be told."""
+        self._chores.closing = True
+        await self._background.send()
+
+    def __call__(self, key: Keys, cost: Cost = 1, *, limits: Limits = None) -> AsyncPassage:
+        """Return an async context manager that hits on entry, and raises `RateLimitedError`."""
+        return AsyncPassage(self, key, cost, limits)
+
+    def limit(
+        self, key: Keys | Callable[..., Keys], cost: Cost | Callable[..., Cost] = 1
+    ) -> Callable[[F], F]:
+        """Return a decorator for async functions that hits before each call, and raises."""
+
+        def decorate(function: F) -> F:
+            if not inspect.iscoroutinefunction(function):
+                raise UsageError(f"{function!r} is not async: use RateLimiter for it")
+
+            @functools.wraps(function)
+            async def limited(*args: Any, **kwargs: Any) -> Any:
+                passage = self(_made(key, args, kwargs), _made(cost, args, kwargs))
+                async with passage:
+                    return await function(*args, **kwargs)
+
+            return cast("F", limited)
+
+        return decorate
+
+
+# In and out
+
+
+class Passage:
+    """Hits on entry, and raises `RateLimitedError` when refused."""
+
+    def __init__(self, limiter: RateLimiter, key: Keys, cost: Cost, limits: Limits) -> None:
+        self._limiter = limiter
+        self._hit = (key, cost, limits)
+
+    def __enter__(self) -> Decision:
+        key, cost, limits = self._hit
+        return passed(self._limiter, key, self._limiter.hit(key, cost, limits=limits))
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Nothing to do: a hit that passed stays charged."""
+
+
+class AsyncPassage:
+    """`Passage` for asyncio."""
+
+    def __init__(self, limiter: AsyncRateLimiter, key: Keys, cost: Cost, limits: Limits) -> None:
+        self._limiter = limiter
+        self._hit = (key, cost, limits)
+
+    async def __aenter__(self) -> Decision:
+        key, cost, limits = self._hit
+        return passed(self._limiter, key, await self._limiter.hit(key, cost, limits=limits))
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Nothing to do: a hit that passed stays charged."""
+
+
+class _Reservation:
+    """What is charged in advance, and what it really was."""
+
+    def __init__(self, limiter: Limiter, key: Keys, estimate: int, limits: Limits) -> None:
+        self._core = limiter
+        self._key = key
+        self._estimate = estimate
+        self._limits = limits
+        self._actual: int | None = None
+        #: The decision on the estimate, once inside.
+        self.decision: Decision | None = None
+
+    def settle(self, actual: int) -> None:
+        """Say what it cost in the end, 0 or more; charged or given back when the `with` ends."""
+        if isinstance(actual, bool) or not isinstance(actual, int) or actual < 0:
+            raise UsageError(f"an actual cost is an int from 0, not {actual!r}")
+        self._actual = actual
+
+    def _settled(self, failed: bool) -> Steps[None]:
+        assert self.decision is not None
+        actual = self._estimate if self._actual is None else self._actual
+        if failed and self._actual is None:
+            actual = 0
+        if actual > self._estimate:
+            more = actual - self._estimate
+            yield from self._core.charge_steps(self._key, more, self._limits)
+        elif actual < self._estimate and self.decision.charge is not None:
+            yield from self._core.refund_steps(self.decision, self._estimate - actual)
+
+
+class Reservation(_Reservation):
+    """See `RateLimiter.reserve`."""
+
+    def __init__(self, limiter: RateLimiter, key: Keys, estimate: int, limits: Limits) -> None:
+        super().__init__(limiter, key, estimate, limits)
+        self._limiter = limiter
+
+    def __enter__(self) -> Reservation:
+        decision = self._limiter.hit(self._key, self._estimate, limits=self._limits)
+        self.decision = passed(self._limiter, self._key, decision)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        steps = self._settled(kind is not None)
+        drive(steps, self._limiter.transport, self._limiter.deadline)
+
+
+class AsyncReservation(_Reservation):
+    """See `RateLimiter.reserve`."""
+
+    def __init__(self, limiter: AsyncRateLimiter, key: Keys, estimate: int, limits: Limits) -> None:
+        super().__init__(limiter, key, estimate, limits)
+        self._limiter = limiter
+
+    async def __aenter__(self) -> AsyncReservation:
+        decision = await self._limiter.hit(self._key, self._estimate, limits=self._limits)
+        self.decision = passed(self._limiter, self._key, decision)
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        steps = self._settled(kind is not None)
+        await drive_async(steps, self._limiter.transport, self._limiter.deadline)
+
+
+def passed(limiter: Limiter, key: Keys, decision: Decision) -> Decision:
+    """Return a decision that allows; raise `RateLimitedError` for any other."""
+    if not decision.allowed:
+        raise RateLimitedError(decision, limiter.name, key)
+    return decision
+
+
+def _made(given: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Return a key or cost, or what a function makes of a call's arguments."""
+    return given(*args, **kwargs) if callable(given) else given
