@@ -13,6 +13,12 @@ import pytest
 
 from redishacks._sink import AsyncSink, Sink
 from redishacks.counters import AsyncBufferedCounter, AsyncFlushJob, BufferedCounter, FlushJob
+from redishacks.ratelimit import (
+    AsyncConcurrencyLimiter,
+    AsyncRateLimiter,
+    ConcurrencyLimiter,
+    RateLimiter,
+)
 from redishacks.sinks import AsyncPostgresSink, PostgresSink, SQLiteSink
 
 PACKAGE = Path(__file__).parents[1] / "redishacks"
@@ -25,8 +31,8 @@ LAYERS = [
     {"_drive"},
     {"_transport"},
     {"_linger"},
-    {"counters", "sinks"},
-    {"testing"},
+    {"counters", "sinks", "ratelimit"},
+    {"testing", "web"},
     {"doctor", "demo"},
     {"cli", "__main__"},
 ]
@@ -36,6 +42,8 @@ PAIRS = [
     (PostgresSink, AsyncPostgresSink),
     (PostgresSink, SQLiteSink),
     (Sink, AsyncSink),
+    (RateLimiter, AsyncRateLimiter),
+    (ConcurrencyLimiter, AsyncConcurrencyLimiter),
 ]
 
 
