@@ -15,6 +15,7 @@ from redishacks import __version__
 from redishacks.cli.demo import demo
 from redishacks.cli.ending import EXIT_CODES, Commands
 from redishacks.cli.flush import flush
+from redishacks.cli.limits import limits
 from redishacks.cli.look import dead, doctor, status
 
 __all__ = ["commands"]
@@ -30,5 +31,5 @@ def commands() -> None:
     """Redis tricks that keep a big site up: right under faults, fast."""
 
 
-for command in (demo, flush, status, doctor, dead):
+for command in (demo, flush, status, doctor, dead, limits):
     commands.add_command(command)
