@@ -133,7 +133,10 @@ def _timed(contenders: dict[str, Callable[[], tuple[int, float]]], rounds: int) 
             rows, seconds = run()
             if turn:
                 rates[name].append(rows / seconds)
-    return {name: Figure(name, statistics.median(values)) for name, values in rates.items()}
+    return {
+        name: Figure(name, statistics.median(values), rates=values)
+        for name, values in rates.items()
+    }
 
 
 def _end_to_end(

@@ -1,7 +1,8 @@
 """Measuring contenders side by side.
 
 A contender does a known number of operations per round. Rounds of all contenders alternate, so that
-a noisy moment hits everybody; the figures are medians over rounds, and ratios of medians.
+a noisy moment hits everybody; the figures are medians over rounds, and ratios are medians of the
+ratios of each round.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from typing import Any, NamedTuple
 
@@ -28,6 +29,8 @@ class Figure(NamedTuple):
     rate: float
     #: Commands the server saw and round trips made per operation; None where it was not counted.
     commands: float | None = None
+    #: Operations per second of every round, in order.
+    rates: Sequence[float] = ()
 
 
 class Row(NamedTuple):
@@ -68,6 +71,7 @@ def side_by_side(
             name,
             statistics.median(rates[name]),
             statistics.median(commands[name]) if watch is not None else None,
+            rates[name],
         )
         for name in contenders
     }
@@ -87,7 +91,8 @@ def ratio_row(
 ) -> Row:
     """Make a row of a ratio of rates."""
     a, b = figures[ours], figures[peer]
-    ratio = a.rate / b.rate
+    # Within a round both had the same machine; its speed may change from one to the next.
+    ratio = statistics.median(x / y for x, y in zip(a.rates, b.rates, strict=True))
     return Row(
         what,
         f"{a.rate:,.0f}{unit}",
