@@ -334,14 +334,10 @@ class Layout:
 
         With a fence, (producer, sequence), saying it again changes nothing.
         """
-        width = len(self.columns) + 1
-        args: list[bytes | str] = [""] * (2 + width * len(items))
-        args[:2] = "" if fence is None else str(fence[1]), self.columns.signs
-        args[2::width] = [raw for raw, _ in items]
-        for c in range(width - 1):
-            args[3 + c :: width] = [
-                "" if amounts[c] is None else str(amounts[c]) for _, amounts in items
-            ]
+        args: list[bytes | str] = ["" if fence is None else str(fence[1]), self.columns.signs]
+        args += [raw for raw, _ in items]
+        for c in range(len(self.columns)):
+            args += ["" if amounts[c] is None else str(amounts[c]) for _, amounts in items]
         keys = self._add_keys[p]
         if fence is not None:
             keys = (*keys, self._key(p, "f", fence[0]))
