@@ -267,14 +267,14 @@ def single(url: str) -> list[Row]:
         rows.append(ratio_row(f"{what}; {peer}", figures, "ours", peer, target))
 
     hits = {"ours": limiter.hit, **{name: stats[name] for name in full}}
-    figures = side_by_side(rounds_of(hits, threads=8, calls=100), rounds=ROUNDS)
+    figures = side_by_side(rounds_of(hits, threads=8, calls=400), rounds=9)
     show(figures)
     peer = fastest(figures, full)
     rows.append(ratio_row(f"the same, 8 threads; {peer}", figures, "ours", peer, 6))
 
-    for threads, calls, target in ((1, 300, 3), (8, 100, 6)):
+    for threads, calls, rounds, target in ((1, 300, ROUNDS, 3), (8, 400, 9, 6)):
         hits = {"ours": three.hit, "limits": limits_three(url)}
-        figures = side_by_side(rounds_of(hits, threads, calls), rounds=ROUNDS)
+        figures = side_by_side(rounds_of(hits, threads, calls), rounds=rounds)
         what = f"three limits at once, {threads} thread" + "s" * (threads > 1)
         rows.append(
             ratio_row(f"{what}; limits fixed, three hits", figures, "ours", "limits", target)

@@ -53,6 +53,8 @@ class Command(NamedTuple, Generic[T]):
     repeatable: bool = False
     #: The reply may be large or slow: keep it off the connection that others wait on.
     bulk: bool = False
+    #: What goes on the wire, when it is said so often that encoding it once pays.
+    packed: bytes | None = None
 
 
 class Outcome(NamedTuple, Generic[T]):

@@ -7,9 +7,11 @@ import math
 from fractions import Fraction
 from typing import Any
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from redishacks._command import Command, script
 from redishacks._transport import connect
 from redishacks.ratelimit import Ban, Limit
 from redishacks.ratelimit.commands import Layout, Question
@@ -32,9 +34,16 @@ class Server:
         return self.layout.question(key, self.limits, cost, self.ban)
 
     def ask(self, verb: Any, now: int, cost: int = 1, most: int = 1) -> list[int]:
-        """Ask at a moment of our choice: now, units, and four figures per limit."""
+        """Ask at a moment of our choice: now, units, and four figures per limit.
+
+        States stay: the server would forget them by its own clock.
+        """
         command = self.layout.decide(self.question(cost), verb, most)
-        return self.transport.call(command._replace(args=(*command.args, str(now))), 5.0)
+        command = command._replace(args=(*command.args, str(now)))
+        stay: list[Command[Any]] = [Command(("PERSIST", key), (key,)) for key in command.keys]
+        outcomes = self.transport.run([command, *stay], 5.0)
+        reply: list[int] = outcomes[0].result()
+        return reply
 
 
 class Model:
@@ -159,3 +168,93 @@ def test_a_trace_agrees_with_the_model(redishacks_valkey: Any, limit: Limit, tra
     }[limit.algorithm]
     assert bound is not None
     assert model.most_in(limit.micros) <= bound
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    limits=st.lists(LIMITS, min_size=2, max_size=3, unique_by=lambda limit: limit.shape),
+    trace=TRACES,
+)
+def test_several_limits_charge_all_or_none(
+    redishacks_valkey: Any, limits: list[Limit], trace: Any
+) -> None:
+    """Each of them keeps to its own model, of what all have allowed."""
+    server, models = Server(redishacks_valkey.url, *limits), [Model(limit) for limit in limits]
+    now = START
+    for step, cost in trace:
+        now += step * limits[0].micros // 1000
+        cost = min(cost, *(limit.most for limit in limits))
+        expected = all(model.allows(now, cost) for model in models)
+        _, units, *figures = server.ask("hit", now, cost)
+        assert (units == 1) == expected
+        for model, remaining, retry in zip(models, figures[::4], figures[1::4], strict=True):
+            assert expected or (retry == 0) == model.allows(now, cost)
+            if expected:
+                model.admit(now, cost)
+            assert remaining == max(0, math.floor(model.limit.most - model.used(now)))
+
+
+WINDOWS = st.lists(
+    st.tuples(
+        st.sampled_from([1, 5, 20, 70_000, 10**10]),
+        st.sampled_from([60, 600, 3600]),
+        st.sampled_from([None, 0.1]),
+    ),
+    min_size=1,
+    max_size=3,
+    unique_by=lambda window: window[1:],
+)
+#: What happens, thousandths of a minute later, with a cost, units at most, and limits times this.
+EVENTS = st.lists(
+    st.tuples(
+        st.sampled_from(["hit", "hit", "hit", "refund", "persist"]),
+        st.sampled_from([-500, 0, 0, 1, 30, 100, 900, 1_100, 60_000]),
+        st.integers(1, 6),
+        st.integers(1, 9),
+        st.sampled_from([1, 1, 1, 10, 4_000]),
+    ),
+    min_size=1,
+    max_size=40,
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(windows=WINDOWS, events=EVENTS)
+def test_the_short_way_is_the_long_one(redishacks_valkey: Any, windows: Any, events: Any) -> None:
+    """Hits of windows have a script of their own: same replies, same states, same expiries."""
+    layouts = [Layout(next(prefixes), "api", "key") for _ in range(2)]
+    transport = connect(redishacks_valkey.url)
+    now = charged = START
+    for what, step, cost, most, factor in events:
+        now += step * 60_000
+        limits = [
+            Limit(amount * factor, per, precision=precision and precision * per)
+            for amount, per, precision in windows
+        ]
+        cost = min(cost, *(limit.most for limit in limits))
+        seen = []
+        for short, layout in zip((True, False), layouts, strict=True):
+            question = layout.question("k", limits, cost)
+            if what == "refund":
+                command = layout.refund(question, question.costs, [charged] * len(limits))
+            else:
+                command = layout.decide(question, "hit", most)
+                assert command.script == script("ratelimit_window")
+                if not short:
+                    args = ("hit", str(most), *itertools.chain(*question.fields))
+                    command = command._replace(args=args, script=script("ratelimit_decide"))
+            command = command._replace(args=(*command.args, str(now)))
+            words = [(word, key) for word in ("GET", "PTTL") for key in question.keys]
+            if what == "persist":
+                words = [("PERSIST", key) for key in question.keys] + words
+            others: list[Command[Any]] = [Command((word, key), (key,)) for word, key in words]
+            at = len(others) - 2 * len(limits)
+            outcomes = transport.run([*others[:at], command, *others[at:]], 5.0)
+            seen.append([outcome.result() for outcome in outcomes])
+        places = len(limits)
+        if any(-2 < left < 500 and left != -1 for left in seen[0][-places:] + seen[1][-places:]):
+            return  # the server's own clock ends a state that has so little left
+        assert seen[0][:-places] == seen[1][:-places]
+        assert seen[0][-places:] == pytest.approx(seen[1][-places:], abs=2_000)
+        if what != "refund" and seen[0][-2 * places - 1][1]:
+            charged = now

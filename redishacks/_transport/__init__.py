@@ -28,12 +28,13 @@ tells a hook; `_registry` holds one transport per client.
 from __future__ import annotations
 
 import inspect
-from typing import Any
+from typing import Any, TypeVar
 
 import redis
 import redis.asyncio
 
 from redishacks import _drive
+from redishacks._command import Command
 from redishacks._transport import _settings
 from redishacks._transport._async import AsyncTransport
 from redishacks._transport._cluster import SlotMap
@@ -41,9 +42,12 @@ from redishacks._transport._observe import AsyncObserved, Hook, Observed
 from redishacks._transport._registry import registry
 from redishacks._transport._settings import Settings
 from redishacks._transport._sync import SyncTransport
+from redishacks._transport._wire import pack
 from redishacks.errors import UsageError
 
-__all__ = ["Hook", "connect", "connect_async"]
+__all__ = ["Hook", "connect", "connect_async", "packed"]
+
+T = TypeVar("T")
 
 
 def connect(client: Any, on_command: Hook | None = None) -> _drive.Transport:
@@ -63,6 +67,11 @@ def connect_async(client: Any, on_command: Hook | None = None) -> _drive.AsyncTr
     settings, slots = _read(client, asynchronous=True)
     transport = registry.get(client, AsyncTransport, lambda: AsyncTransport(settings, slots))
     return transport if on_command is None else AsyncObserved(transport, on_command)
+
+
+def packed(command: Command[T]) -> Command[T]:
+    """Return a command that is encoded now, once and for all: not to be changed any more."""
+    return command._replace(packed=pack(command))
 
 
 def _read(client: Any, *, asynchronous: bool) -> tuple[Settings, SlotMap | None]:

@@ -40,6 +40,9 @@ from redishacks._transport._wire import MISSING, Address, handshake, new_reader,
 IN_FLIGHT = 4_000_000
 
 _CHUNK = 262144
+#: So many commands are sent at once, not in the loop's next turn: the server works on them while
+#: the tasks that were woken together go on to queue theirs.
+_EAGER = 16
 
 
 class Waiter:
@@ -205,12 +208,17 @@ class Link:
             if not self._flushing:
                 self._flushing = True
                 self._loop.call_soon(self._flush)
+            elif len(self._queue) >= _EAGER:
+                self._write_queue()
         else:
             self._write((waiter,), data)
         return future
 
     def _flush(self) -> None:
         self._flushing = False
+        self._write_queue()
+
+    def _write_queue(self) -> None:
         if not self.open or self._rest:
             return
         live = []

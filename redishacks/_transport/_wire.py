@@ -32,6 +32,8 @@ def new_reader() -> hiredis.Reader:
 
 def pack(command: Command[Any], whole: bool = False) -> bytes:
     """Encode a command; `str` is UTF-8, and `whole` sends a script's source instead of its hash."""
+    if command.packed is not None and not whole:
+        return command.packed
     words: Words = command.args
     script = command.script
     if script is not None:

@@ -79,14 +79,22 @@ class Denied:
 class Lease:
     """Tokens that are charged already: each is spent by one hit, until the time is up."""
 
-    __slots__ = ("_decision", "_tokens", "question", "size", "until")
+    __slots__ = (
+        "_charge", "_each", "_limit", "_remaining", "_reset_after", "_tokens",
+        "question", "size", "until",
+    )  # fmt: skip
 
     def __init__(self, question: Question, decision: Decision, size: int, until: float) -> None:
+        assert decision.charge is not None
         self.question = question
         #: Tokens at the beginning; one of them went to the hit that asked.
         self.size = size
         self.until = until
-        self._decision = decision
+        self._charge = decision.charge
+        self._limit = decision.limit
+        self._remaining = decision.remaining or 0
+        self._reset_after = decision.reset_after
+        self._each = decision.each
         # Taken one by one, by whatever thread.
         self._tokens = iter(range(size - 2, -1, -1))
 
@@ -97,16 +105,14 @@ class Lease:
         left = next(self._tokens, None)
         if left is None:
             return None
-        first = self._decision
-        charge = first.charge
-        assert charge is not None
+        charge = self._charge
         return Decision(
             True,
-            first.limit,
-            (first.remaining or 0) + left,
+            self._limit,
+            self._remaining + left,
             0.0,
-            first.reset_after,
-            first.each,
+            self._reset_after,
+            self._each,
             "lease",
             False,
             Charge(charge.limiter, charge.question, charge.reply),
@@ -120,7 +126,7 @@ class Lease:
         """
         left = self.pending()
         wanted = self.size - left if left else 2 * self.size
-        return max(1, min(wanted, (self._decision.remaining or 0) // 2, _LARGEST))
+        return max(1, min(wanted, self._remaining // 2, _LARGEST))
 
     def drain(self) -> int:
         """Take all that is left, for good; return how much."""
@@ -140,9 +146,7 @@ class Lease:
 
     def give_back(self, tokens: int) -> tuple[list[int], list[int]]:
         """Return costs and moments of a refund of so many tokens."""
-        charge = self._decision.charge
-        assert charge is not None
-        return [cost * tokens for cost in charge.question.costs], charge.moments()
+        return [cost * tokens for cost in self.question.costs], self._charge.moments()
 
 
 class Memory:

@@ -20,6 +20,7 @@ from zlib import crc32
 
 from redishacks import _keys
 from redishacks._command import Command, script
+from redishacks._transport import packed
 from redishacks.errors import UsageError
 from redishacks.ratelimit.limit import Ban, CostError, Limit
 
@@ -61,6 +62,7 @@ class Layout:
         self._name = _marked(_keys.check_name(name, "a limiter's name"))
         self._by_key = tag == "key"
         self._script = script("ratelimit_decide")
+        self._window = script("ratelimit_window")
 
     def key(self, part: str | None, raw: bytes, shape: str) -> bytes:
         """Return the Redis key of a limit's state."""
@@ -121,10 +123,13 @@ class Layout:
         question = Question(
             tuple(rules), tuple(keys), tuple(fields), tuple(costs), _NOTHING, idle, _label(raws)
         )
-        return question._replace(hit=self.decide(question, "hit"))
+        return question._replace(hit=packed(self.decide(question, "hit")))
 
     def decide(self, question: Question, verb: Verb, most: int = 1) -> Command[list[int]]:
         """Ask the limits. The reply: now, units charged, and four figures for each limit."""
+        if verb == "hit" and all(each[0] == "w" for each in question.fields):
+            fields = [field for each in question.fields for field in each[1:]]
+            return Command((str(most), *fields), question.keys, script=self._window)
         fields = [field for each in question.fields for field in each]
         return Command((verb, str(most), *fields), question.keys, script=self._script)
 
