@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import weakref
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Generic, Literal, Self, TypeVar
 
 from redishacks import _keys
 from redishacks._buffer import Buffer, Items, Refused
 from redishacks._command import Command, Outcome, Steps, ask, ask_all
-from redishacks._drive import drive, drive_async
+from redishacks._drive import AsyncTransport, Transport, drive, drive_async
 from redishacks._linger import AsyncCoalescer, Coalescer, check_linger
 from redishacks._sink import Rule
 from redishacks._transport import Hook, connect, connect_async
@@ -20,6 +20,9 @@ from redishacks.errors import PartlyAppliedError, RedisHacksError, UsageError
 
 #: Parts of one `incr_many` that go out in one exchange.
 _PARTS_AT_ONCE = 16
+
+T = TypeVar("T", bound=Transport | AsyncTransport)
+C = TypeVar("C", bound=Coalescer | AsyncCoalescer)
 
 #: Ids (`Id`; a mapping's key type is invariant, hence Any), each with an amount or one per column.
 Amounts = Mapping[Any, Amount | Mapping[str, Amount]]
@@ -37,16 +40,24 @@ class _Batcher(Layout):
         self.columns.merge(into, amounts)
 
 
-class _Counter:
-    """What both colours share: checked input turned into commands."""
+class _Counter(ABC, Generic[T, C]):
+    """What both colours share: options, checked input turned into commands."""
 
     def __init__(
         self,
+        client: Any,
         name: str,
-        columns: Mapping[str, str | Rule] | None,
-        partitions: int,
-        prefix: str,
-        deadline: Seconds,
+        *,
+        columns: Mapping[str, str | Rule] | None = None,
+        partitions: int = 1,
+        prefix: str = "rh",
+        deadline: Seconds = 1.0,
+        linger: Seconds | None = None,
+        max_buffered: int = 100_000,
+        overflow: Literal["raise", "block"] = "raise",
+        on_refused: Callable[[Refused], None] | None = None,
+        on_maybe_applied: Callable[[Items], None] | None = None,
+        on_command: Hook | None = None,
     ) -> None:
         self.name = name
         self.layout = _Batcher(prefix, name, Columns(columns), partitions)
@@ -56,6 +67,26 @@ class _Counter:
         #: Everybody means the same keys: we have said so, or at least looked.
         self._defined = False
         self._checked = False
+        self.client = client
+        self.transport: T = self._connect(client, on_command)
+        self._coalescer: C | None = None
+        if linger is not None:
+            self._coalescer = self._coalesce(
+                Buffer(self.layout, new_id, max_buffered, on_refused, on_maybe_applied),
+                linger=check_linger(linger),
+                deadline=self.deadline,
+                overflow=overflow,
+            )
+            self._finalizer = weakref.finalize(self, self._coalescer.abandon)
+            self._finalizer.atexit = False
+
+    @abstractmethod
+    def _connect(self, client: Any, on_command: Hook | None) -> T:
+        """Return the transport of this colour."""
+
+    @abstractmethod
+    def _coalesce(self, buffer: Buffer, **options: Any) -> C:
+        """Return what sends the buffer."""
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.layout.full_name}>"
@@ -168,14 +199,6 @@ class _Counter:
         found.sort(key=lambda item: (-item[1], item[0]))
         return [(_keys.id_shown(raw), amount) for raw, amount in found[:count]]
 
-    def _buffer(
-        self,
-        max_buffered: int,
-        on_refused: Callable[[Refused], None] | None,
-        on_maybe_applied: Callable[[Items], None] | None,
-    ) -> Buffer:
-        return Buffer(self.layout, new_id, max_buffered, on_refused, on_maybe_applied)
-
 
 def _in_bulk(hits: Amounts) -> Items | None:
     """Check the usual hits, `{str: int}`, all at once; None: look at each by itself."""
@@ -193,7 +216,7 @@ def _in_bulk(hits: Amounts) -> Items | None:
     return [(raw, (amount,)) for raw, amount in zip(raws, amounts, strict=True) if amount]
 
 
-class BufferedCounter(_Counter):
+class BufferedCounter(_Counter[Transport, Coalescer]):
     """Counts hits in Redis until a `FlushJob` has written them to SQL.
 
     `client` is a `redis.Redis`, a Sentinel master, a `redis.RedisCluster`, a fakeredis client or a
@@ -217,37 +240,11 @@ class BufferedCounter(_Counter):
     buffer; the parent sends its own, with the hit that a handler's fork interrupted).
     """
 
-    def __init__(
-        self,
-        client: Any,
-        name: str,
-        *,
-        columns: Mapping[str, str | Rule] | None = None,
-        partitions: int = 1,
-        prefix: str = "rh",
-        deadline: Seconds = 1.0,
-        linger: Seconds | None = None,
-        max_buffered: int = 100_000,
-        overflow: Literal["raise", "block"] = "raise",
-        on_refused: Callable[[Refused], None] | None = None,
-        on_maybe_applied: Callable[[Items], None] | None = None,
-        on_command: Hook | None = None,
-    ) -> None:
-        super().__init__(name, columns, partitions, prefix, deadline)
-        self.client = client
-        self.transport = connect(client, on_command=on_command)
-        self._coalescer: Coalescer | None = None
-        if linger is not None:
-            buffer = self._buffer(max_buffered, on_refused, on_maybe_applied)
-            self._coalescer = Coalescer(
-                buffer,
-                self.transport,
-                linger=check_linger(linger),
-                deadline=self.deadline,
-                overflow=overflow,
-            )
-            self._finalizer = weakref.finalize(self, self._coalescer.abandon)
-            self._finalizer.atexit = False
+    def _connect(self, client: Any, on_command: Hook | None) -> Transport:
+        return connect(client, on_command)
+
+    def _coalesce(self, buffer: Buffer, **options: Any) -> Coalescer:
+        return Coalescer(buffer, self.transport, **options)
 
     def incr(self, id: Id, amount: Amount | None = None, **columns: Amount) -> None:
         """Add to an id: `incr("/a")`, `incr("/a", 3)`, `incr(42, times_seen=1, last_seen=now)`.
@@ -335,16 +332,11 @@ class BufferedCounter(_Counter):
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *raised: object) -> None:
         self.close()
 
 
-class AsyncBufferedCounter(_Counter):
+class AsyncBufferedCounter(_Counter[AsyncTransport, AsyncCoalescer]):
     """`BufferedCounter` for asyncio, with the same arguments; `client` is from `redis.asyncio`.
 
     With `linger`, hits are sent by a task of the running loop; `asyncio.run` lets it send the rest
@@ -352,37 +344,11 @@ class AsyncBufferedCounter(_Counter):
     threads at once.
     """
 
-    def __init__(
-        self,
-        client: Any,
-        name: str,
-        *,
-        columns: Mapping[str, str | Rule] | None = None,
-        partitions: int = 1,
-        prefix: str = "rh",
-        deadline: Seconds = 1.0,
-        linger: Seconds | None = None,
-        max_buffered: int = 100_000,
-        overflow: Literal["raise", "block"] = "raise",
-        on_refused: Callable[[Refused], None] | None = None,
-        on_maybe_applied: Callable[[Items], None] | None = None,
-        on_command: Hook | None = None,
-    ) -> None:
-        super().__init__(name, columns, partitions, prefix, deadline)
-        self.client = client
-        self.transport = connect_async(client, on_command=on_command)
-        self._coalescer: AsyncCoalescer | None = None
-        if linger is not None:
-            buffer = self._buffer(max_buffered, on_refused, on_maybe_applied)
-            self._coalescer = AsyncCoalescer(
-                buffer,
-                self.transport,
-                linger=check_linger(linger),
-                deadline=self.deadline,
-                overflow=overflow,
-            )
-            self._finalizer = weakref.finalize(self, self._coalescer.abandon)
-            self._finalizer.atexit = False
+    def _connect(self, client: Any, on_command: Hook | None) -> AsyncTransport:
+        return connect_async(client, on_command)
+
+    def _coalesce(self, buffer: Buffer, **options: Any) -> AsyncCoalescer:
+        return AsyncCoalescer(buffer, self.transport, **options)
 
     async def incr(self, id: Id, amount: Amount | None = None, **columns: Amount) -> None:
         """Add to an id, as `BufferedCounter.incr`."""
@@ -436,10 +402,5 @@ class AsyncBufferedCounter(_Counter):
     async def __aenter__(self) -> Self:
         return self
 
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, *raised: object) -> None:
         await self.aclose()

@@ -6,13 +6,18 @@ import itertools
 import logging
 import math
 import time
+import weakref
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from time import monotonic
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, Generic, Literal, NamedTuple, TypeVar, cast
 
 from redishacks import _keys
 from redishacks._command import Command, Outcome, Sleep, Steps, ask, ask_all
+from redishacks._drive import AsyncTransport, Transport
+from redishacks._linger import TaskSender, ThreadSender
+from redishacks._transport import Hook
 from redishacks._units import Seconds, seconds
 from redishacks.errors import MaybeAppliedError, UnavailableError, UsageError
 from redishacks.ratelimit._chores import Chores
@@ -29,6 +34,11 @@ Cost = int | Mapping[str, int]
 Limits = Limit | Sequence[Limit] | None
 Near = tuple[float, Callable[[Keys, Decision], object]]
 
+T = TypeVar("T", bound=Transport | AsyncTransport)
+S = TypeVar("S", bound=ThreadSender[Chores] | TaskSender[Chores])
+
+#: Seconds between two rounds of chores.
+_PERIOD = 1.0
 #: Questions that are kept ready.
 _READY = 2_000
 #: Lease as much as the last one has shown to be needed.
@@ -52,29 +62,28 @@ class Counts(NamedTuple):
     degraded: int
 
 
-class Limiter:
-    """What both colours share: questions, and what becomes of the answers."""
-
-    transport: Any
-    _background: Any
+class Limiter(ABC, Generic[T, S]):
+    """What both colours share: options, questions, and what becomes of the answers."""
 
     def __init__(
         self,
+        client: Any,
         name: str,
-        limits: tuple[Limit, ...],
-        prefix: str,
-        tag: str,
-        deadline: Seconds,
-        on_error: str,
-        local_share: float,
-        lease: int | Literal["auto"] | None,
-        deny_cache: bool,
-        deny_max: Seconds,
-        shadow: bool,
-        near: Near | None,
-        allow: Iterable[Key],
-        deny: Iterable[Key],
-        ban: Ban | None,
+        *limits: Limit,
+        prefix: str = "rh",
+        tag: str = "key",
+        deadline: Seconds = 0.05,
+        on_error: str = "raise",
+        local_share: float = 0.1,
+        lease: int | Literal["auto"] | None = None,
+        deny_cache: bool = True,
+        deny_max: Seconds = 1.0,
+        shadow: bool = False,
+        near: Near | None = None,
+        allow: Iterable[Key] = (),
+        deny: Iterable[Key] = (),
+        ban: Ban | None = None,
+        on_command: Hook | None = None,
     ) -> None:
         self.name = name
         self.limits = _limits(limits)
@@ -99,6 +108,19 @@ class Limiter:
         self._memory = Memory()
         self._chores = Chores(self.layout, self._memory, self.limits, heartbeat=on_error == "local")
         self._refused, self._shadowed, self._degraded = (itertools.count() for _ in range(3))
+        self.transport: T = self._connect(client, on_command)
+        self._background: S = self._sender(
+            self._chores, linger=_PERIOD, deadline=self.deadline, overflow="raise"
+        )
+        weakref.finalize(self, self._background.abandon)
+
+    @abstractmethod
+    def _connect(self, client: Any, on_command: Hook | None) -> T:
+        """Return the transport of this colour."""
+
+    @abstractmethod
+    def _sender(self, chores: Chores, **options: Any) -> S:
+        """Return what does the chores."""
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.name}: {', '.join(map(str, self.limits))}>"
@@ -356,6 +378,9 @@ class Limiter:
         question = self.layout.question(key, self.limits if limits is None else _limits(limits), 1)
         if question.keys and not question.idle:
             yield from ask(self.layout.charge(question, cost))
+
+
+AnyLimiter = Limiter[Any, Any]
 
 
 # Values

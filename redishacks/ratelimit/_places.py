@@ -7,12 +7,15 @@ import math
 import os
 import random
 import secrets
-from collections.abc import Callable
+from abc import ABC, abstractmethod
 from time import monotonic
-from typing import Any, NamedTuple, NoReturn, TypeVar, cast
+from typing import Any, Generic, NamedTuple, NoReturn, TypeVar, cast
 
 from redishacks import _keys
 from redishacks._command import Command, Sleep, Steps, ask, script
+from redishacks._drive import AsyncTransport, Transport
+from redishacks._linger import TaskSender, ThreadSender
+from redishacks._transport import Hook
 from redishacks._units import EXACT, Seconds, seconds
 from redishacks.errors import MaybeAppliedError, RedisHacksError, UnavailableError, UsageError
 from redishacks.ratelimit._core import AWAY, Counts
@@ -31,6 +34,7 @@ _RETRY = 1.0
 _SCRIPT = "ratelimit_slots"
 
 S = TypeVar("S", bound="Seat")
+T = TypeVar("T", bound=Transport | AsyncTransport)
 
 
 class Holder(NamedTuple):
@@ -65,7 +69,7 @@ def _holders(reply: list[Any]) -> list[Holder]:
 class Seat:
     """A place, and what is known about its lease."""
 
-    def __init__(self, limiter: Concurrency, row: bytes, most: int | None) -> None:
+    def __init__(self, limiter: Concurrency[Any], row: bytes, most: int | None) -> None:
         self.token = f"{limiter.lease_micros}-{secrets.token_hex(8)}"
         #: Limit, places left, and how exact that is.
         self.decision = Decision(False, most, None, None, 0.0)
@@ -194,20 +198,21 @@ class Seat:
 # Who gives them out
 
 
-class Concurrency:
+class Concurrency(ABC, Generic[T]):
     """What both colours share."""
-
-    transport: Any
 
     def __init__(
         self,
+        client: Any,
         name: str,
         amount: int | None,
-        lease: Seconds,
-        renew: bool,
-        prefix: str,
-        deadline: Seconds,
-        on_error: str,
+        *,
+        lease: Seconds = 30.0,
+        renew: bool = False,
+        prefix: str = "rh",
+        deadline: Seconds = 0.05,
+        on_error: str = "raise",
+        on_command: Hook | None = None,
     ) -> None:
         self.name = name
         self.amount = amount
@@ -222,6 +227,20 @@ class Concurrency:
         self._renew = renew
         self._on_error = on_error
         self._refused, self._degraded = itertools.count(), itertools.count()
+        self.transport: T = self._connect(client, on_command)
+        self._set_up()
+
+    @abstractmethod
+    def _connect(self, client: Any, on_command: Hook | None) -> T:
+        """Return the transport of this colour."""
+
+    @abstractmethod
+    def _set_up(self) -> None:
+        """Make what keeps leases in the background."""
+
+    @abstractmethod
+    def _background(self) -> ThreadSender[Keeper] | TaskSender[Keeper]:
+        """Return the sender of this place, whose buffer is its keeper."""
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.name}: {self._amount} at once>"
@@ -239,10 +258,6 @@ class Concurrency:
         """Return how often this process refused, or decided without Redis."""
         return Counts(reached(self._refused), 0, reached(self._degraded))
 
-    def _background(self) -> Any:
-        """Return the coalescer of this place, whose buffer is its keeper."""
-        raise NotImplementedError
-
     def _options(self) -> dict[str, Any]:
         """Return how often the keeper is at work, and how long it may wait for an answer."""
         period = min(1.0, self.lease / 12)
@@ -253,7 +268,7 @@ class Concurrency:
         background = self._background()
         if not background.running():
             background.start()
-        return cast("Keeper", background.buffer)
+        return background.buffer
 
     # For slots
 
@@ -275,9 +290,8 @@ class Concurrency:
     # Conversations
 
     def acquire_steps(
-        self, kind: Callable[[Concurrency, bytes, int | None], S], key: Key, wait: Seconds | None,
-        amount: int | None,
-    ) -> Steps[S]:  # fmt: skip
+        self, kind: type[S], key: Key, wait: Seconds | None, amount: int | None
+    ) -> Steps[S]:
         """Get a place, now or within the wait; raises `RateLimitedError`."""
         row = self._row(key)
         most = self._amount if amount is None else _checked(amount)

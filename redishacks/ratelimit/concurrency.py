@@ -31,10 +31,9 @@ import functools
 import inspect
 import weakref
 from collections.abc import AsyncIterator, Callable, Iterator
-from types import TracebackType
 from typing import Any, TypeVar, cast
 
-from redishacks._drive import drive, drive_async
+from redishacks._drive import AsyncTransport, Transport, drive, drive_async
 from redishacks._linger import TaskSender, ThreadSender
 from redishacks._transport import Hook, connect, connect_async
 from redishacks._units import Seconds
@@ -72,12 +71,7 @@ class Slot(Seat):
         self._core.inside(self)
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *raised: object) -> None:
         self.release()
 
 
@@ -96,19 +90,14 @@ class AsyncSlot(Seat):
         self._core.inside(self)
         return self
 
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, *raised: object) -> None:
         await self.release()
 
 
 # Limiters
 
 
-class ConcurrencyLimiter(Concurrency):
+class ConcurrencyLimiter(Concurrency[Transport]):
     """Limits how many do something at once, over all processes.
 
     `client` is what `RateLimiter` takes; `name` tells these places from others'; `amount` is how
@@ -124,22 +113,11 @@ class ConcurrencyLimiter(Concurrency):
     is called after every command.
     """
 
-    def __init__(
-        self,
-        client: Any,
-        name: str,
-        amount: int | None,
-        *,
-        lease: Seconds = 30.0,
-        renew: bool = False,
-        prefix: str = "rh",
-        deadline: Seconds = 0.05,
-        on_error: str = "raise",
-        on_command: Hook | None = None,
-    ) -> None:
-        super().__init__(name, amount, lease, renew, prefix, deadline, on_error)
-        self.transport = connect(client, on_command)
-        self._keeping = ThreadSender(Keeper(name), self.transport, **self._options())
+    def _connect(self, client: Any, on_command: Hook | None) -> Transport:
+        return connect(client, on_command)
+
+    def _set_up(self) -> None:
+        self._keeping = ThreadSender(Keeper(self.name), self.transport, **self._options())
         weakref.finalize(self, self._keeping.abandon)
 
     def acquire(
@@ -200,24 +178,13 @@ class ConcurrencyLimiter(Concurrency):
         return self._keeping
 
 
-class AsyncConcurrencyLimiter(Concurrency):
+class AsyncConcurrencyLimiter(Concurrency[AsyncTransport]):
     """`ConcurrencyLimiter` for asyncio: takes `redis.asyncio` twins of its clients, or a URL."""
 
-    def __init__(
-        self,
-        client: Any,
-        name: str,
-        amount: int | None,
-        *,
-        lease: Seconds = 30.0,
-        renew: bool = False,
-        prefix: str = "rh",
-        deadline: Seconds = 0.05,
-        on_error: str = "raise",
-        on_command: Hook | None = None,
-    ) -> None:
-        super().__init__(name, amount, lease, renew, prefix, deadline, on_error)
-        self.transport = connect_async(client, on_command)
+    def _connect(self, client: Any, on_command: Hook | None) -> AsyncTransport:
+        return connect_async(client, on_command)
+
+    def _set_up(self) -> None:
         #: By the id of the loop, which the pair keeps alive: a lease is renewed where it is held.
         self._keeping: dict[int, tuple[asyncio.AbstractEventLoop, TaskSender[Keeper]]] = {}
         weakref.finalize(self, _abandon, self._keeping)
@@ -274,14 +241,14 @@ class AsyncConcurrencyLimiter(Concurrency):
         if pair is None:
             items = list(self._keeping.items())
             _abandon({key: self._keeping.pop(key) for key, (had, _) in items if had.is_closed()})
-            coalescer = TaskSender(Keeper(self.name), self.transport, **self._options())
-            pair = self._keeping[id(loop)] = loop, coalescer
+            sender = TaskSender(Keeper(self.name), self.transport, **self._options())
+            pair = self._keeping[id(loop)] = loop, sender
         return pair[1]
 
 
 def _abandon(keeping: dict[int, tuple[asyncio.AbstractEventLoop, TaskSender[Keeper]]]) -> None:
-    for _, coalescer in keeping.values():
-        coalescer.abandon()
+    for _, sender in keeping.values():
+        sender.abandon()
 
 
 def _check_plain(function: Callable[..., Any]) -> None:

@@ -17,30 +17,24 @@ from __future__ import annotations
 import asyncio
 import functools
 import inspect
-import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from time import monotonic
-from types import TracebackType
-from typing import Any, Literal, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 from redishacks._command import Steps
-from redishacks._drive import drive, drive_async
+from redishacks._drive import AsyncTransport, Transport, drive, drive_async
 from redishacks._linger import TaskSender, ThreadSender
 from redishacks._transport import Hook, connect, connect_async
 from redishacks._units import Seconds
 from redishacks.errors import UsageError
-from redishacks.ratelimit._core import AWAY, Cost, Keys, Limiter, Limits, Near
-from redishacks.ratelimit.commands import Key
+from redishacks.ratelimit._chores import Chores
+from redishacks.ratelimit._core import AWAY, AnyLimiter, Cost, Keys, Limiter, Limits
 from redishacks.ratelimit.decision import Decision, RateLimitedError
-from redishacks.ratelimit.limit import Ban, Limit
-
-#: Seconds between two rounds of chores.
-_PERIOD = 1.0
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-class RateLimiter(Limiter):
+class RateLimiter(Limiter[Transport, ThreadSender[Chores]]):
     """Limits how often something happens, over all processes.
 
     `client` is a `redis.Redis`, a Sentinel master, a `redis.RedisCluster`, a fakeredis client or a
@@ -63,35 +57,11 @@ class RateLimiter(Limiter):
     refusals. `on_command(name, node, seconds, error)` is called after every command.
     """
 
-    def __init__(
-        self,
-        client: Any,
-        name: str,
-        *limits: Limit,
-        prefix: str = "rh",
-        tag: str = "key",
-        deadline: Seconds = 0.05,
-        on_error: str = "raise",
-        local_share: float = 0.1,
-        lease: int | Literal["auto"] | None = None,
-        deny_cache: bool = True,
-        deny_max: Seconds = 1.0,
-        shadow: bool = False,
-        near: Near | None = None,
-        allow: Iterable[Key] = (),
-        deny: Iterable[Key] = (),
-        ban: Ban | None = None,
-        on_command: Hook | None = None,
-    ) -> None:
-        super().__init__(
-            name, limits, prefix, tag, deadline, on_error, local_share, lease, deny_cache, deny_max,
-            shadow, near, allow, deny, ban,
-        )  # fmt: skip
-        self.transport = connect(client, on_command)
-        self._background = ThreadSender(
-            self._chores, self.transport, linger=_PERIOD, deadline=self.deadline, overflow="raise"
-        )
-        weakref.finalize(self, self._background.abandon)
+    def _connect(self, client: Any, on_command: Hook | None) -> Transport:
+        return connect(client, on_command)
+
+    def _sender(self, chores: Chores, **options: Any) -> ThreadSender[Chores]:
+        return ThreadSender(chores, self.transport, **options)
 
     def hit(self, key: Keys, cost: Cost = 1, *, limits: Limits = None) -> Decision:
         """Charge `cost` to every limit, if all allow it. One round trip; none when remembered.
@@ -202,38 +172,14 @@ class RateLimiter(Limiter):
         return decorate
 
 
-class AsyncRateLimiter(Limiter):
+class AsyncRateLimiter(Limiter[AsyncTransport, TaskSender[Chores]]):
     """`RateLimiter` for asyncio: takes the `redis.asyncio` twins of its clients, or a URL."""
 
-    def __init__(
-        self,
-        client: Any,
-        name: str,
-        *limits: Limit,
-        prefix: str = "rh",
-        tag: str = "key",
-        deadline: Seconds = 0.05,
-        on_error: str = "raise",
-        local_share: float = 0.1,
-        lease: int | Literal["auto"] | None = None,
-        deny_cache: bool = True,
-        deny_max: Seconds = 1.0,
-        shadow: bool = False,
-        near: Near | None = None,
-        allow: Iterable[Key] = (),
-        deny: Iterable[Key] = (),
-        ban: Ban | None = None,
-        on_command: Hook | None = None,
-    ) -> None:
-        super().__init__(
-            name, limits, prefix, tag, deadline, on_error, local_share, lease, deny_cache, deny_max,
-            shadow, near, allow, deny, ban,
-        )  # fmt: skip
-        self.transport = connect_async(client, on_command)
-        self._background = TaskSender(
-            self._chores, self.transport, linger=_PERIOD, deadline=self.deadline, overflow="raise"
-        )
-        weakref.finalize(self, self._background.abandon)
+    def _connect(self, client: Any, on_command: Hook | None) -> AsyncTransport:
+        return connect_async(client, on_command)
+
+    def _sender(self, chores: Chores, **options: Any) -> TaskSender[Chores]:
+        return TaskSender(chores, self.transport, **options)
 
     async def hit(self, key: Keys, cost: Cost = 1, *, limits: Limits = None) -> Decision:
         """Charge `cost` to every limit, if all allow it, as `RateLimiter.hit`."""
@@ -333,12 +279,7 @@ class Passage:
         key, cost, limits = self._hit
         return passed(self._limiter, key, self._limiter.hit(key, cost, limits=limits))
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *raised: object) -> None:
         """Nothing to do: a hit that passed stays charged."""
 
 
@@ -353,19 +294,14 @@ class AsyncPassage:
         key, cost, limits = self._hit
         return passed(self._limiter, key, await self._limiter.hit(key, cost, limits=limits))
 
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, *raised: object) -> None:
         """Nothing to do: a hit that passed stays charged."""
 
 
 class _Reservation:
     """What is charged in advance, and what it really was."""
 
-    def __init__(self, limiter: Limiter, key: Keys, estimate: int, limits: Limits) -> None:
+    def __init__(self, limiter: AnyLimiter, key: Keys, estimate: int, limits: Limits) -> None:
         self._core = limiter
         self._key = key
         self._estimate = estimate
@@ -404,12 +340,7 @@ class Reservation(_Reservation):
         self.decision = passed(self._limiter, self._key, decision)
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: object, *raised: object) -> None:
         steps = self._settled(kind is not None)
         drive(steps, self._limiter.transport, self._limiter.deadline)
 
@@ -426,17 +357,12 @@ class AsyncReservation(_Reservation):
         self.decision = passed(self._limiter, self._key, decision)
         return self
 
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, kind: object, *raised: object) -> None:
         steps = self._settled(kind is not None)
         await drive_async(steps, self._limiter.transport, self._limiter.deadline)
 
 
-def passed(limiter: Limiter, key: Keys, decision: Decision) -> Decision:
+def passed(limiter: AnyLimiter, key: Keys, decision: Decision) -> Decision:
     """Return a decision that allows; raise `RateLimitedError` for any other."""
     if not decision.allowed:
         raise RateLimitedError(decision, limiter.name, key)

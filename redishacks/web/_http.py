@@ -9,9 +9,9 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any, Generic, NamedTuple, TypeVar
 
-from redishacks.errors import MaybeAppliedError, UnavailableError, UsageError
+from redishacks.errors import UsageError
 from redishacks.ratelimit import Ban, Decision
-from redishacks.ratelimit._core import Keys, Limiter
+from redishacks.ratelimit._core import AnyLimiter, Keys
 
 #: A WSGI environ or an ASGI scope.
 Request = Mapping[str, Any]
@@ -19,10 +19,8 @@ Request = Mapping[str, Any]
 KeyFunction = Callable[[Any], Keys | None]
 
 App = TypeVar("App", bound=Callable[..., Any])
-AnyLimiter = TypeVar("AnyLimiter", bound=Limiter)
+Either = TypeVar("Either", bound=AnyLimiter)
 
-#: What a limiter with on_error="raise" raises when Redis is away.
-AWAY = (UnavailableError, MaybeAppliedError)
 #: Seconds after which to come again then; the limiter probes as often.
 _AWAY_FOR = 1.0
 
@@ -74,18 +72,18 @@ def _is_wsgi(request: Request) -> bool:
 # Whom to ask
 
 
-class Middleware(Generic[App, AnyLimiter]):
+class Middleware(Generic[App, Either]):
     """An application, and who limits which of its requests by which key."""
 
     def __init__(
         self,
         app: App,
-        limiter: AnyLimiter,
+        limiter: Either,
         key: KeyFunction,
-        routes: Mapping[str, AnyLimiter | None] | Callable[[Any], AnyLimiter | None] | None,
+        routes: Mapping[str, Either | None] | Callable[[Any], Either | None] | None,
         legacy: bool,
         on_limited: Callable[[Any, Decision], App | None] | None,
-        colour: type[AnyLimiter],
+        colour: type[Either],
     ) -> None:
         self.app = app
         self._colour = colour
@@ -94,8 +92,8 @@ class Middleware(Generic[App, AnyLimiter]):
         if on_limited is not None:
             _check_function(on_limited, "on_limited")
         self._key = key
-        self._route: Callable[[Any], AnyLimiter | None] | None = None
-        self._prefixes: list[tuple[str, AnyLimiter | None]] = []
+        self._route: Callable[[Any], Either | None] | None = None
+        self._prefixes: list[tuple[str, Either | None]] = []
         if isinstance(routes, Mapping):
             self._prefixes = self._sorted(routes)
         elif routes is not None:
@@ -104,7 +102,7 @@ class Middleware(Generic[App, AnyLimiter]):
         self._legacy = legacy
         self._on_limited = on_limited
 
-    def question(self, request: Request) -> tuple[AnyLimiter, Keys] | None:
+    def question(self, request: Request) -> tuple[Either, Keys] | None:
         """Return whom to ask by which key; None for what is not limited."""
         if method(request) == "OPTIONS":
             return None
@@ -126,7 +124,7 @@ class Middleware(Generic[App, AnyLimiter]):
         """Return the application that answers a refusal; None: the usual answer."""
         return None if self._on_limited is None else self._on_limited(request, decision)
 
-    def _limiter_of(self, request: Request) -> AnyLimiter | None:
+    def _limiter_of(self, request: Request) -> Either | None:
         if self._route is not None:
             limiter = self._route(request)
             return None if limiter is None else self._checked(limiter)
@@ -137,11 +135,9 @@ class Middleware(Generic[App, AnyLimiter]):
                     return found
         return self._limiter
 
-    def _sorted(
-        self, routes: Mapping[str, AnyLimiter | None]
-    ) -> list[tuple[str, AnyLimiter | None]]:
+    def _sorted(self, routes: Mapping[str, Either | None]) -> list[tuple[str, Either | None]]:
         """Return prefixes of whole segments, the longest first."""
-        found: dict[str, AnyLimiter | None] = {}
+        found: dict[str, Either | None] = {}
         for prefix, limiter in routes.items():
             if not isinstance(prefix, str) or not prefix.startswith("/"):
                 raise UsageError(f'a route is the beginning of a path such as "/a", not {prefix!r}')
@@ -150,7 +146,7 @@ class Middleware(Generic[App, AnyLimiter]):
             found[prefix.rstrip("/")] = None if limiter is None else self._checked(limiter)
         return sorted(found.items(), key=lambda route: len(route[0]), reverse=True)
 
-    def _checked(self, limiter: AnyLimiter) -> AnyLimiter:
+    def _checked(self, limiter: Either) -> Either:
         if not isinstance(limiter, self._colour):
             raise UsageError(
                 f"{type(self).__name__} works with {self._colour.__name__}, not {limiter!r}"

@@ -6,7 +6,8 @@ from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from typing import Any
 
 from redishacks.ratelimit import AsyncRateLimiter, Decision
-from redishacks.web._http import AWAY, KeyFunction, Middleware, answer, away
+from redishacks.ratelimit._core import AWAY
+from redishacks.web._http import KeyFunction, Middleware, answer, away
 from redishacks.web.keys import by_address
 
 Scope = MutableMapping[str, Any]

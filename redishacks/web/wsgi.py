@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from redishacks.ratelimit import Decision, RateLimiter
-from redishacks.web._http import AWAY, KeyFunction, Middleware, answer, away
+from redishacks.ratelimit._core import AWAY
+from redishacks.web._http import KeyFunction, Middleware, answer, away
 from redishacks.web.keys import by_address
 
 if TYPE_CHECKING:
