@@ -251,6 +251,30 @@ def test_a_refund_opens_the_door(colour: Colour, url: str, prefix: str) -> None:
     assert limiter.hit("u").allowed
 
 
+@pytest.mark.parametrize(
+    ("one", "other"), [("é", "é".encode()), (-7, "-7"), (b"0", 0), ("7", b"7")]
+)
+def test_a_key_is_the_same_however_it_is_spelled(
+    colour: Colour, url: str, prefix: str, one: Any, other: Any
+) -> None:
+    """A reset in one spelling forgets a refusal that is remembered in another."""
+    limiter = colour.limiter(url, "api", Limit(1, 60), prefix=prefix)
+    for key, spelled in ((one, other), (other, one)):
+        limiter.reset(key)
+        assert limiter.hit(key).allowed
+        assert not limiter.hit(key).allowed
+        limiter.reset(spelled)
+        assert limiter.hit(key).allowed
+
+
+def test_a_reset_ends_leases(colour: Colour, url: str, prefix: str) -> None:
+    """Tokens that were taken before a reset are not spent after it, beside the whole limit."""
+    limiter = colour.limiter(url, "api", Limit(20, 60), prefix=prefix, lease=10)
+    assert limiter.hit("u").allowed
+    limiter.reset("u")
+    assert sum(limiter.hit("u").allowed for _ in range(40)) == 20
+
+
 def test_a_reservation_is_settled(colour: Colour, url: str, prefix: str) -> None:
     """Too much is given back, too little is charged even beyond the limit, an error gives all."""
     limiter = colour.limiter(url, "api", Limit(10, 60), prefix=prefix)

@@ -274,15 +274,16 @@ class Limiter(ABC, Generic[T, S]):
         costs = charge.take(units)
         if any(costs):
             yield from ask(self.layout.refund(charge.question, costs, charge.moments()))
-            self._memory.forget_all(charge.question)
+            self._memory.forget(charge.question)
         return max(costs)
 
     def reset_steps(self, key: Keys, limits: Limits) -> Steps[None]:
         chosen = self.limits if limits is None else _limits(limits)
         question = self.layout.question(key, chosen, 1, self._ban)
+        self._memory.forget(question, leases=True)
         if question.keys:
             yield from ask(self.layout.forget(question))
-        self._memory.forget_all(question)
+        self._memory.forget(question, leases=True)
 
     def top_steps(self, count: int) -> Steps[list[tuple[str, int]]]:
         """Read the keys refused most in the last 24 hours."""

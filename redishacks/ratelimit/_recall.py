@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import itertools
 import operator
+import re
 from collections import deque
 from time import monotonic
 
+from redishacks import _keys
 from redishacks.ratelimit.commands import Question
 from redishacks.ratelimit.decision import Charge, Decision, aged
 
@@ -22,6 +24,8 @@ SKEW = 0.999
 _FRESH = 0.001
 #: Keys that are remembered.
 _MOST = 10_000
+#: An int as it is written to Redis.
+_WHOLE = re.compile(r"0|-?[1-9][0-9]*")
 #: Tokens of a lease, when its size is found out.
 _LARGEST = 10_000
 
@@ -197,13 +201,33 @@ class Memory:
         entries = [*self._replaced, *self.entries.values()]
         return self._past + sum(entry.total() for entry in entries)
 
-    def forget_all(self, question: Question) -> None:
-        """Forget what any of these keys in Redis has refused."""
-        keys = set(question.keys)
-        for key, entry in list(self.entries.items()):
-            if isinstance(entry, Denied) and not keys.isdisjoint(entry.question.keys):
-                self.entries.pop(key, None)
+    def forget(self, question: Question, *, leases: bool = False) -> None:
+        """Forget what a key was refused; with `leases` its tokens, too, which are not given back.
+
+        The key may have been spelled as a str, as bytes or as an int.
+        """
+        for key in _spellings(question.raw):
+            entry = self.entries.get(key)
+            if entry is None or (isinstance(entry, Lease) and not leases):
+                continue
+            self.entries.pop(key, None)
+            if isinstance(entry, Lease):
+                entry.drain()
+            else:
                 self._replaced.append(entry)
+
+
+def _spellings(raw: bytes | None) -> list[str | bytes | int]:
+    """Return what a user may have written for a key; nothing for a mapping of keys."""
+    if raw is None:
+        return []
+    found: list[str | bytes | int] = [raw]
+    shown = _keys.id_shown(raw)
+    if isinstance(shown, str):
+        found.append(shown)
+        if _WHOLE.fullmatch(shown):
+            found.append(int(shown))
+    return found
 
 
 def reached(count: itertools.count[int]) -> int:

@@ -49,6 +49,8 @@ class Question(NamedTuple):
     idle: bool
     #: How people know the key.
     label: str
+    #: The key, unless it is a mapping.
+    raw: bytes | None
 
 
 class Layout:
@@ -121,8 +123,9 @@ class Layout:
                 fields.append(ban.fields)
         idle = not rules or any(rule.limit.amount == 0 for rule in rules)
         question = Question(
-            tuple(rules), tuple(keys), tuple(fields), tuple(costs), _NOTHING, idle, _label(raws)
-        )
+            tuple(rules), tuple(keys), tuple(fields), tuple(costs), _NOTHING, idle, _label(raws),
+            raws.get(None),
+        )  # fmt: skip
         return question._replace(hit=packed(self.decide(question, "hit")))
 
     def decide(self, question: Question, verb: Verb, most: int = 1) -> Command[list[int]]:

@@ -113,7 +113,11 @@ class RateLimiter(Limiter[Transport, ThreadSender[Chores]]):
         return drive(self.refund_steps(decision, n), self.transport, self.deadline)
 
     def reset(self, key: Keys, *, limits: Limits = None) -> None:
-        """Forget all that a key has used, and its bans. One round trip."""
+        """Forget all that a key has used, and its bans. One round trip.
+
+        Other processes remember a refusal for up to `deny_max`, and may still spend tokens that
+        they have leased.
+        """
         drive(self.reset_steps(key, limits), self.transport, self.deadline)
 
     def top(self, count: int = 10) -> list[tuple[str, int]]:
