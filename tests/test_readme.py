@@ -13,6 +13,7 @@ import pytest
 import redis
 
 from redishacks.counters import BufferedCounter, FlushJob
+from redishacks.ratelimit import Ban, ConcurrencyLimiter, Limit, RateLimiter
 from redishacks.sinks import PostgresSink
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
@@ -80,6 +81,42 @@ def test_the_acl_is_enough(valkey: Any, pg_dsn: str) -> None:
             user.close()
         finally:
             raw.execute_command("ACL", "DELUSER", "counters")
+
+
+def test_the_acl_for_limits_is_enough(valkey: Any, prefix: str) -> None:
+    """A user with the rights the README lists can be limited in every way."""
+    line = re.search(r"^user limits on (.*)$", README, re.M)
+    assert line is not None
+    with redis.Redis.from_url(valkey.url) as admin:
+        admin.execute_command("ACL", "SETUSER", "limits", "reset", "on", *line[1].split())
+        user = redis.Redis(port=valkey.port, username="limits", password="password")
+        try:
+            limits = [Limit(20, 60, algorithm=each) for each in ("window", "fixed", "gcra", "log")]
+            limiter = RateLimiter(
+                user, prefix, *limits, on_error="local", ban=Ban(3, 60), deny_cache=False
+            )
+            decision = limiter.hit("u")
+            assert [limiter.hit("u", 20).allowed for _ in range(2)] == [False, False]
+            assert limiter.refund(decision) == 1
+            assert limiter.peek("u").remaining == 20
+            limiter.close()
+            assert limiter.top() == [("u", 2)]
+            limiter.reset("u")
+            window = RateLimiter(user, f"{prefix}-window", Limit(20, 60))
+            assert window.hit("u").source == "redis"
+            for key in admin.scan_iter("*-window/u*"):
+                admin.persist(key)
+            assert not window.hit("u", 20).allowed
+            places = ConcurrencyLimiter(user, prefix, 1)
+            with places() as slot:
+                assert slot.renew()
+                assert len(places.holders()) == 1
+            places.reset()
+            log: Any = admin.acl_log()
+            assert not [entry for entry in log if entry["username"] == "limits"]
+            user.close()
+        finally:
+            admin.execute_command("ACL", "DELUSER", "limits")
 
 
 def test_the_cron_line_is_understood() -> None:
