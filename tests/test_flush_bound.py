@@ -10,7 +10,7 @@ import pytest
 import redis
 
 from redishacks._sink import Applied, Begun, Chunk, Reading, Status
-from redishacks.counters import BufferedCounter, FlushJob, flush
+from redishacks.counters import BufferedCounter, FlushJob, report
 from redishacks.errors import SchemaError, ServerError, UnavailableError, UsageError
 from tests.helpers import Colour, MemorySink
 from tests.workers import Database, make_sink
@@ -566,7 +566,7 @@ def test_a_row_that_sounds_like_a_server_away(
     colour: Colour, hits: Any, postgres: Any, monkeypatch: pytest.MonkeyPatch, code: str
 ) -> None:
     """As the connection is alive, only its batch waits; the run ends with the error anyhow."""
-    monkeypatch.setattr(flush, "_PATIENCE", 0.1)
+    monkeypatch.setattr(report, "_PATIENCE", 0.1)
     with postgres.database() as url:
         database = Database(url)
         refuse(database, "/bad", code)
@@ -613,7 +613,7 @@ def test_a_server_that_is_away_ends_the_run(
     status: Status | None, is_away: bool,
 ) -> None:  # fmt: skip
     """When it does not answer at all no other batch is tried, and nothing more is claimed."""
-    monkeypatch.setattr(flush, "_PATIENCE", -1.0)
+    monkeypatch.setattr(report, "_PATIENCE", -1.0)
     hits = colour.counter(valkey.url, "hits", prefix=prefix, partitions=4)
     hits.incr_many({f"/{i}": 1 for i in range(40)})
     sink = Ailing(status, is_away)
@@ -627,7 +627,7 @@ def test_a_run_waits_once_for_all_locks(
     colour: Colour, valkey: Any, prefix: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Patience is for the whole run: the batches behind one that used it up are tried once."""
-    monkeypatch.setattr(flush, "_PATIENCE", 0.5)
+    monkeypatch.setattr(report, "_PATIENCE", 0.5)
     hits = colour.counter(valkey.url, "hits", prefix=prefix, partitions=16)
     hits.incr_many({f"/{i}": 1 for i in range(400)})
     sink = Ailing(Status.BUSY, False)

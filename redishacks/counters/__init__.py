@@ -20,7 +20,8 @@ bytes and its own length, per column. The keys are described in `redishacks.coun
 """
 
 from redishacks.counters.buffered import AsyncBufferedCounter, BufferedCounter
-from redishacks.counters.flush import AsyncFlushJob, CounterStatus, FlushJob, FlushReport
+from redishacks.counters.flush import AsyncFlushJob, FlushJob
+from redishacks.counters.report import CounterStatus, FlushReport
 
 __all__ = [
     "AsyncBufferedCounter",

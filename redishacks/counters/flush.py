@@ -13,8 +13,8 @@ import math
 import random
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any
 
 from redishacks import _keys
 from redishacks._command import (
@@ -30,9 +30,10 @@ from redishacks._command import (
     call,
 )
 from redishacks._drive import drive, drive_async
-from redishacks._sink import Applied, AsyncSink, Begun, Chunk, ChunkId, Rule, Sink, Status
+from redishacks._sink import AsyncSink, Begun, Chunk, ChunkId, Rule, Sink, Status
 from redishacks.counters.buffered import AsyncBufferedCounter, BufferedCounter
 from redishacks.counters.commands import PAGE, Batch, Held, Id, Layout, Page, State
+from redishacks.counters.report import BatchStatus, CounterStatus, FlushReport, Progress
 from redishacks.errors import (
     RedisHacksError,
     SchemaError,
@@ -41,8 +42,6 @@ from redishacks.errors import (
     UsageError,
 )
 
-#: How long a run waits, in all, for chunks that another transaction holds.
-_PATIENCE = 30.0
 #: With so many batches of a partition that cannot be applied, more are claimed there only after a
 #: pause: what stays pending is one set, whatever its size, and `value` reads every batch. For ever
 #: would be too long: what is pending may well pass.
@@ -52,85 +51,6 @@ _PAUSE = 600_000_000
 _LOOKS = 100
 
 _log = logging.getLogger("redishacks")
-
-
-class FlushReport(NamedTuple):
-    """What one run did."""
-
-    #: Batches finished and acknowledged.
-    batches: int = 0
-    #: Rows written in the target table.
-    rows: int = 0
-    #: Sum of the amounts of all sum columns in the chunks applied, dead letters included.
-    amount: int = 0
-    #: Batches found that an earlier or another run had claimed.
-    recovered: int = 0
-    #: Chunks that the ledger already had.
-    duplicates_skipped: int = 0
-    #: Amounts that went to the dead letters.
-    dead: int = 0
-    seconds: float = 0.0
-
-
-class BatchStatus(NamedTuple):
-    """A batch in flight."""
-
-    id: str
-    ids: int
-    #: Seconds since its claim.
-    age: float
-    #: Into how many chunks, each one SQL transaction, it is cut.
-    chunks: int
-
-
-class CounterStatus(NamedTuple):
-    """Where a counter stands; ages in seconds."""
-
-    counter: str
-    pending_ids: int
-    #: Pending sum per sum column, read page by page: exact only while nobody counts.
-    pending_amount: Mapping[str, int]
-    #: Age of the oldest hit that is not in SQL, at most; None without any.
-    oldest: float | None
-    batches: list[BatchStatus]
-    #: Since a batch was last acknowledged; None: never.
-    last_flush: float | None
-    dead: int
-    #: Somebody has counted here; else the name may be mistyped.
-    known: bool
-    #: The counter is bound to another destination or ledger than the job's: a run is refused.
-    elsewhere: bool
-
-
-class _Progress:
-    """The figures of a run while it lasts."""
-
-    def __init__(self) -> None:
-        self.began = time.monotonic()
-        self.patience = _PATIENCE
-        self.batches = self.rows = self.amount = self.recovered = self.duplicates = self.dead = 0
-
-    def count(self, chunk: Chunk, verdict: Applied) -> None:
-        """Take in what became of a chunk."""
-        self.rows += verdict.rows
-        self.dead += verdict.dead
-        self.duplicates += verdict.status is Status.DUPLICATE
-        if verdict.status is Status.APPLIED:
-            for rule, values in zip(chunk.rules, chunk.values, strict=True):
-                if rule is Rule.SUM:
-                    self.amount += sum(filter(None, values))
-
-    def report(self) -> FlushReport:
-        """Return them as they stand."""
-        return FlushReport(
-            self.batches,
-            self.rows,
-            self.amount,
-            self.recovered,
-            self.duplicates,
-            self.dead,
-            time.monotonic() - self.began,
-        )
 
 
 class _Job:
@@ -156,7 +76,7 @@ class _Job:
         self._agreed = False
         #: The ledger that the run in progress is bound to.
         self._ledger = ""
-        self._progress = _Progress()
+        self._progress = Progress()
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.layout.full_name} to {self.sink.destination()}>"
@@ -179,7 +99,7 @@ class _Job:
             or not 0 <= time_budget < math.inf
         ):
             raise UsageError(f"time_budget is a number of seconds from 0, not {time_budget!r}")
-        progress = self._progress = _Progress()
+        progress = self._progress = Progress()
         # Nothing is claimed before SQL has answered.
         clock = yield from self._bind()
         states = yield from self._states()
@@ -220,7 +140,7 @@ class _Job:
             raise failed[0]
         return progress.report()
 
-    def _over(self, progress: _Progress, time_budget: float | None) -> bool:
+    def _over(self, progress: Progress, time_budget: float | None) -> bool:
         return self._stopping or (
             time_budget is not None and time.monotonic() - progress.began >= time_budget
         )
@@ -268,7 +188,7 @@ class _Job:
         return None
 
     def _apply(
-        self, p: int, batch_id: str, clock: Any, progress: _Progress, recovered: bool
+        self, p: int, batch_id: str, clock: Any, progress: Progress, recovered: bool
     ) -> Steps[Any]:
         """Bring a batch into the ledger and drop it; return the database's clock."""
         batch = yield from self._batch(p, batch_id)

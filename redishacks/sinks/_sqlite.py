@@ -14,21 +14,13 @@ microseconds become `YYYY-MM-DD HH:MM:SS.ffffff` in UTC, elsewhere they stay int
 
 from __future__ import annotations
 
-import contextlib
-import datetime as dt
 import json
-import os
-import re
-import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import ModuleType
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any
 
-from redishacks import _units
 from redishacks._command import Steps, call
 from redishacks._sink import Chunk, ChunkId, Reading, Rule
-from redishacks.errors import SchemaError, ServerError, UnavailableError, UsageError
 from redishacks.sinks._conversation import (
     Conversation,
     Dialect,
@@ -38,6 +30,8 @@ from redishacks.sinks._conversation import (
     merged,
 )
 from redishacks.sinks._facade import SyncFacade
+from redishacks.sinks._sqlite_columns import Column, Shape
+from redishacks.sinks._sqlite_database import SQLiteDatabase, rolled_back
 from redishacks.sinks._target import (
     BadIdError,
     Rows,
@@ -45,24 +39,17 @@ from redishacks.sinks._target import (
     Target,
     identifier,
     make_target,
-    text_of,
     texts_of,
 )
 from redishacks.sinks._verdicts import (
     SUSPICIOUS,
-    BusyError,
     LackingError,
     RefusedError,
-    Result,
     UnforeseenError,
 )
 
 if TYPE_CHECKING:
     import sqlite3
-
-T = TypeVar("T")
-
-_BUSY_TIMEOUT = 1.0
 
 #: Microseconds since 1970; julianday() is good to a tenth of a millisecond.
 _NOW = "CAST((julianday('now') - 2440587.5) * 86400000000 AS INTEGER)"
@@ -95,303 +82,6 @@ SELECT batch, chunk FROM {ledger} WHERE batch IN (SELECT value FROM json_each(?)
 _NOT_WRITTEN = (
     "the row's value is of another kind, or would pass 64 bits; or a trigger discards the row"
 )
-
-# What the catalogue says
-
-
-class Column(NamedTuple):
-    """A column and what its declared type makes of values."""
-
-    name: str
-    declared: str
-
-    @property
-    def affinity(self) -> str:
-        """Return the affinity by SQLite's rules of names."""
-        declared = self.declared.upper()
-        for part, affinity in (
-            ("INT", "INTEGER"), ("CHAR", "TEXT"), ("CLOB", "TEXT"), ("TEXT", "TEXT"),
-            ("BLOB", "BLOB"), ("REAL", "REAL"), ("FLOA", "REAL"), ("DOUB", "REAL"),
-        ):  # fmt: skip
-            if part in declared:
-                return affinity
-        return "NUMERIC" if declared and declared != "ANY" else "NONE"
-
-    @property
-    def is_time(self) -> bool:
-        """Whether it holds moments as text."""
-        return self.declared.upper().startswith(("DATETIME", "TIMESTAMP"))
-
-    def fits(self, rule: Rule) -> bool:
-        """Whether a counter's column of this rule can be kept in it, exactly."""
-        if self.is_time:
-            return rule is not Rule.SUM
-        return self.affinity in ("INTEGER", "NUMERIC", "NONE")
-
-    def key(self, part: bytes) -> int | str | bytes:
-        """Return a part of an id as this key column holds it; raises `BadIdError`."""
-        if self.affinity == "BLOB":
-            return part
-        if self.affinity in ("INTEGER", "NUMERIC"):
-            if not _INTEGER.fullmatch(part) or not -(2**63) <= (number := int(part)) < 2**63:
-                raise BadIdError(f"id is not an integer of 64 bits, as {self.declared} keys are")
-            return number
-        return text_of(part)
-
-    def amounts(
-        self, rule: Rule, amounts: Sequence[int | None], bad: dict[int, str]
-    ) -> Sequence[Any]:
-        """Return amounts as this column holds them; note in `bad` those that it cannot hold."""
-        if rule is Rule.SUM:
-            return [amount or 0 for amount in amounts]
-        if not self.is_time:
-            return amounts
-        moments: list[str | None] = []
-        for place, amount in enumerate(amounts):
-            moments.append(None)
-            if amount is not None:
-                try:
-                    moments[-1] = _units.moment(amount).isoformat(" ", "microseconds")[:26]
-                except OverflowError:
-                    bad[place] = f"{amount} is no moment of the years 1 to 9999"
-        return moments
-
-    def reading(self, value: Any) -> int | None:
-        """Return a value of this column as an amount; None where it is none."""
-        if self.is_time and isinstance(value, str):
-            try:
-                found = dt.datetime.fromisoformat(value)
-            except ValueError:
-                return None
-            return _units.microseconds(found.replace(tzinfo=found.tzinfo or dt.UTC))
-        return value if isinstance(value, int) else None
-
-    def change(self, rule: Rule, new: str) -> tuple[str, str]:
-        """Return the assignment that merges a new value, and what must hold for it to be right."""
-        name = identifier(self.name)
-        if rule is Rule.SUM:
-            total = f"COALESCE({name}, 0) + {new}"
-            # Past 64 bits SQLite goes on in floating point, without a word.
-            return (
-                f"{name} = {total}",
-                f"typeof({name}) IN ('integer', 'null') AND typeof({total}) = 'integer'",
-            )
-        # SQLite's max() of a NULL is NULL.
-        change = f"{name} = {rule.value}(COALESCE({name}, {new}), COALESCE({new}, {name}))"
-        if self.is_time:
-            # Texts compare as moments only where they are written alike.
-            return change, f"({name} IS NULL OR {name} GLOB '{_TIME}' OR {name} GLOB '{_TIME}.*')"
-        return change, f"typeof({name}) IN ('integer', 'null')"
-
-
-_INTEGER = re.compile(rb"\s*[+-]?[0-9]{1,19}\s*")
-_DIGITS = "[0-9][0-9]"
-_TIME = f"{_DIGITS}{_DIGITS}-{_DIGITS}-{_DIGITS} {_DIGITS}:{_DIGITS}:{_DIGITS}"
-
-
-class Shape(NamedTuple):
-    """The target's columns."""
-
-    keys: tuple[Column, ...]
-    #: By the counter's column.
-    values: Mapping[str, Column]
-
-
-# The database
-
-
-class SQLiteDatabase:
-    """A file or a connection; one transaction at a time.
-
-    The file is opened at first use, and anew after a fork.
-    """
-
-    def __init__(self, target: object) -> None:
-        self._sqlite3 = _sqlite3()
-        self._path: str | None = None
-        self._conn: Any = None
-        self._pid = 0
-        #: Connections of a parent process, which SQLite forbids to use, and even to close.
-        self._inherited: list[Any] = []
-        self._lock = threading.Lock()
-        self._lock_of = os.getpid()
-        #: Make the file if it is not there; else a mistyped path would leave an empty one behind.
-        self.makes_file = False
-        #: What a file that is not there would need.
-        self.ddl_of_file = ""
-        if isinstance(target, str | Path):
-            self._path = str(target)
-        elif isinstance(target, self._sqlite3.Connection):
-            self._conn = target
-        else:
-            raise UsageError(
-                f"SQLite is given as a path or a sqlite3.Connection, not as {type(target).__name__}"
-            )
-
-    def transaction(self, body: Steps[T], *, write: bool = True) -> Steps[T]:
-        """See `Database.transaction`."""
-        if self._lock_of != os.getpid():
-            # Another thread of the parent may have held it at the fork.
-            self._lock, self._lock_of = threading.Lock(), os.getpid()
-        with self._lock:
-            yield from call(self._open)
-            synchronous, text = self._settle()
-            try:
-                yield from self.run("BEGIN IMMEDIATE" if write else "BEGIN")
-                value = yield from body
-                if not self.in_transaction:
-                    raise _rolled_back()
-                yield from self.run("COMMIT")
-                return value
-            except BaseException:
-                if self.in_transaction:
-                    self._conn.execute("ROLLBACK")
-                raise
-            finally:
-                self._unsettle(synchronous, text)
-
-    def run(self, sql: str, params: Sequence[Any] | None = None) -> Steps[Result]:
-        """See `Database.run`."""
-        result: Result = yield from call(self.execute, sql, params or ())
-        return result
-
-    def execute(self, sql: str, params: Sequence[Any] = ()) -> Result:
-        """Run one statement."""
-        with self._translated():
-            cursor = self._conn.cursor()
-            cursor.row_factory = None  # the connection's is the user's
-            cursor.execute(sql, _bound(sql, [params])[0])
-            return Result(cursor.fetchall(), cursor.rowcount)
-
-    def execute_many(self, sql: str, rows: Sequence[Sequence[Any]]) -> int:
-        """Run one statement per row; return how many rows were written."""
-        with self._translated():
-            count: int = self._conn.executemany(sql, _bound(sql, rows)).rowcount
-            return count
-
-    @property
-    def in_transaction(self) -> bool:
-        """Whether the transaction lives: triggers may roll it back."""
-        alive: bool = self._conn.in_transaction
-        return alive
-
-    @contextlib.contextmanager
-    def _translated(self) -> Iterator[None]:
-        try:
-            yield
-        except self._sqlite3.Error as error:
-            raise verdict(self._sqlite3, error, self._path) from error
-
-    def close(self) -> Steps[None]:
-        """Close the file that was opened here."""
-        if self._path is not None and self._conn is not None and self._pid == os.getpid():
-            conn, self._conn = self._conn, None
-            yield from call(conn.close)
-
-    def _open(self) -> None:
-        if self._path is not None and self._pid != os.getpid():
-            if self._conn is not None:
-                self._inherited.append(self._conn)
-                self._conn = None
-            self._pid = os.getpid()
-        with self._translated():
-            if self._conn is None:
-                if self._is_missing() and not self.makes_file:
-                    raise SchemaError(f"there is no SQLite file {self._path}", ddl=self.ddl_of_file)
-                self._conn = self._sqlite3.connect(
-                    self._path, timeout=_BUSY_TIMEOUT, isolation_level=None, check_same_thread=False
-                )
-                self._conn.execute("PRAGMA foreign_keys = ON")
-            if self._conn.in_transaction and self._path is not None:
-                # One of our own that an exception left in the middle.
-                self._conn.execute("ROLLBACK")
-            if self._conn.in_transaction:
-                raise UsageError(
-                    "the SQLite connection is inside a transaction (one made with autocommit=False "
-                    "always is): what the sink writes there could still be rolled back after it "
-                    "was acknowledged"
-                )
-
-    def _is_missing(self) -> bool:
-        path = self._path
-        return path not in (None, "", ":memory:") and not os.path.exists(str(path))
-
-    def __del__(self) -> None:
-        # A sink that nobody holds any more takes its connection along, without a warning.
-        if self._path is not None and self._conn is not None and self._pid == os.getpid():
-            self._conn.close()
-
-    def _settle(self) -> tuple[int, Any]:
-        """Make commits durable and texts str for one transaction; return what was set before."""
-        synchronous = self.execute("PRAGMA synchronous").rows[0][0]
-        if synchronous < 2:
-            self.execute("PRAGMA synchronous = FULL")
-        text, self._conn.text_factory = self._conn.text_factory, str
-        return synchronous, text
-
-    def _unsettle(self, synchronous: int, text: Any) -> None:
-        self._conn.text_factory = text
-        if synchronous < 2:
-            self.execute(f"PRAGMA synchronous = {int(synchronous)}")
-
-
-def _bound(sql: str, rows: Sequence[Sequence[Any]]) -> Sequence[Any]:
-    """Return rows as the module binds them: numbered parameters (?1) count as named ones."""
-    if "= ?1" not in sql:
-        return rows
-    return [{str(number): value for number, value in enumerate(row, 1)} for row in rows]
-
-
-def verdict(sqlite3: ModuleType, error: Exception, path: str | None) -> Exception:
-    """Translate an error into what has to be done about it, by SQLite's result code."""
-    reason = str(error)
-    code = getattr(error, "sqlite_errorcode", None)
-    if code is None:
-        # Raised by the module itself.
-        if "closed database" in reason:
-            return UnavailableError("the SQLite connection that the sink was given is closed")
-        if isinstance(error, sqlite3.DataError):
-            return RefusedError(reason)
-        return UsageError(reason) if "thread" in reason else ServerError(f"ERR {reason}")
-    primary = code & 0xFF
-    if primary in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
-        return BusyError(reason)
-    if primary in (sqlite3.SQLITE_CONSTRAINT, sqlite3.SQLITE_MISMATCH, sqlite3.SQLITE_TOOBIG):
-        return RefusedError(reason)
-    if primary in (sqlite3.SQLITE_ERROR, sqlite3.SQLITE_SCHEMA, sqlite3.SQLITE_AUTH):
-        lacking = ("no such", "has no column", "does not match any", "not authorized")
-        if any(phrase in reason for phrase in lacking):
-            return LackingError(reason)
-        return RefusedError(reason) if "overflow" in reason else UnforeseenError(reason)
-    # No waiting makes a database of these.
-    if primary == sqlite3.SQLITE_NOTADB:
-        return LackingError(f"{path or 'the file'} is not a SQLite database")
-    if primary == sqlite3.SQLITE_CANTOPEN and path is not None:
-        if os.path.isdir(path):
-            return LackingError(f"{path} is a directory, not a SQLite database")
-        if not os.path.isdir(directory := os.path.dirname(path) or "."):
-            return LackingError(f"there is no directory {directory} for a SQLite file")
-    # The file cannot be opened, read or written, the disk is full, …
-    return UnavailableError(f"SQLite: {reason}")
-
-
-def _rolled_back() -> ServerError:
-    return ServerError(
-        "ERR a trigger or constraint says ROLLBACK, which undoes the whole transaction: let it "
-        "say ABORT, which refuses the row"
-    )
-
-
-def _sqlite3() -> ModuleType:
-    """Import the driver when a sink is made; some builds of Python lack it."""
-    try:
-        import sqlite3
-    except ImportError as error:
-        raise UsageError(f"this Python was built without sqlite3: {error}") from None
-    return sqlite3
-
-
-# The conversation
 
 
 class SQLiteConversation(Conversation):
@@ -597,7 +287,7 @@ CREATE TABLE IF NOT EXISTS {identifier(*dead)} (
             yield from self.run("RELEASE redishacks")
             return Written(count, refused, [])
         if not self.database.in_transaction:
-            raise _rolled_back()
+            raise rolled_back()
         yield from self.run("ROLLBACK TO redishacks")
         yield from self.look(rules)
         if self._shape != shape:  # the table has changed: this is not its statement
@@ -625,7 +315,7 @@ CREATE TABLE IF NOT EXISTS {identifier(*dead)} (
                         refused.append((place, _NOT_WRITTEN))
             except (RefusedError, *SUSPICIOUS) as error:
                 if not self.database.in_transaction:
-                    raise _rolled_back() from error
+                    raise rolled_back() from error
                 execute("ROLLBACK TO one")
                 refused.append((place, error.reason))
                 if not isinstance(error, RefusedError):
