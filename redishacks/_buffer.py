@@ -128,6 +128,9 @@ class Buffer:
         """Return whether the next hit needs `make_room()` first."""
         return len(self.ones) + len(self.others) >= self.room
 
+    def last(self) -> None:
+        """Hear that what is sent next is the last: nothing is ever kept for later."""
+
     def make_room(self) -> bool:
         """Merge the log; return False when the buffer is full."""
         self._merge()

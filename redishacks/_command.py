@@ -30,7 +30,10 @@ class Script(NamedTuple):
 @functools.cache
 def script(name: str) -> Script:
     """Load `lua/<name>.lua`; its header says the call form, the keys and the reply."""
-    source = resources.files("redishacks").joinpath("lua", f"{name}.lua").read_bytes()
+    folder = resources.files("redishacks").joinpath("lua")
+    source = folder.joinpath(f"{name}.lua").read_bytes()
+    if b"struct." in source:
+        source = folder.joinpath("struct.lua").read_bytes() + source
     return Script(name, source, hashlib.sha1(source, usedforsecurity=False).hexdigest().encode())
 
 

@@ -58,6 +58,9 @@ class Outgoing(Protocol):
     def send(self) -> Steps[None]:
         """Send what is held; raises when it could not."""
 
+    def last(self) -> None:
+        """Hear that what is sent next is the last: nothing may be kept for later."""
+
     def after_fork(self) -> Self:
         """Return what a forked child begins with."""
 
@@ -91,6 +94,7 @@ class _Sender(ABC, Generic[B]):
         """From now on a hit is sent by who counts it."""
         self.closed = True
         self.buffer.room = 0
+        self.buffer.last()
 
     def _end(self) -> None:
         """Nobody counts here any more: forget it when nothing is left to be sent."""
@@ -120,6 +124,9 @@ class _Sender(ABC, Generic[B]):
             # An error of ours says enough; any other is a callback's, or a fault.
             exc_info=None if isinstance(error, RedisHacksError) else error,
         )
+        if self._abandoned and not self.buffer.held():  # nobody would miss what is lost
+            self._end()
+            return False
         return True
 
     def _check_open(self) -> None:
@@ -261,6 +268,7 @@ class ThreadSender(_Sender[B]):
     def abandon(self) -> None:
         """Stop after the next good send, without waiting for it: the counter is garbage."""
         self._abandoned = True
+        self.buffer.last()
         self._end()
         self._nudge()
 
@@ -375,6 +383,7 @@ class TaskSender(_Sender[B]):
     def abandon(self) -> None:
         """Stop after the next good send, without waiting for it: the counter is garbage."""
         self._abandoned = True
+        self.buffer.last()
         self._end()
         if self.loop is not None and not self.loop.is_closed():
             with contextlib.suppress(RuntimeError):

@@ -219,7 +219,8 @@ def test_refund(colour: Colour, url: str, prefix: str, algorithm: str) -> None:
     assert limiter.refund(decision) == 0
     assert limiter.peek("u").remaining == 7
     assert limiter.refund(other) == 3
-    assert limiter.peek("u").remaining == 10
+    # Of a gcra, what had drained by then is not given back; here a few milliseconds.
+    assert eventually(lambda: limiter.peek("u").remaining == 10, 1.0)
     assert limiter.refund(other) == 0
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -161,44 +162,63 @@ def test_a_forked_child_has_no_tokens(valkey: Any, prefix: str) -> None:
 _WAITER = """
     import json, sys, threading, time
     from redishacks.ratelimit import Limit, RateLimiter
-    url, prefix, waiters = sys.argv[1:]
+    url, prefix, *delays = sys.argv[1:]
     limit = Limit(50, 1, algorithm="gcra", burst=1)
     limiter = RateLimiter(url, "w", limit, prefix=prefix, deadline=5)
     turns = []
-    def wait():
+    ready = threading.Barrier(len(delays) + 1)
+    def wait(delay):
+        limiter.peek("warm")  # opens a connection: all hold one at once
+        ready.wait()
+        begin.wait()
+        time.sleep(max(0.0, start + delay - time.monotonic()))
         asked = time.monotonic()
-        decision = limiter.wait("k", timeout=30)
-        assert decision.allowed
-        turns.append((decision.charge.reply[0] + decision.charge.reply[3], time.monotonic()))
-    threads = [threading.Thread(target=wait) for _ in range(int(waiters))]
-    sys.stdin.readline()
-    began = time.monotonic()
+        assert limiter.wait("k", timeout=30).allowed
+        turns.append((asked, time.monotonic()))
+    begin = threading.Event()
+    threads = [threading.Thread(target=wait, args=(float(delay),)) for delay in delays]
     for thread in threads:
         thread.start()
+    ready.wait()
+    print(flush=True)
+    start = float(sys.stdin.readline())
+    begin.set()
     for thread in threads:
         thread.join()
-    print(json.dumps([began, turns]))
+    print(json.dumps(turns))
 """
 
 
 def test_waiters_are_served_in_order_and_at_full_rate(valkey: Any, prefix: str) -> None:
-    """Fifty waiters over four processes at fifty per second take some 0.98 seconds."""
-    started = [
-        process
-        for count in (13, 13, 12, 12)
-        for process in processes(1, _WAITER, valkey.url, prefix, str(count))
-    ]
-    for process in started:  # all of them are up before the first one goes
-        assert process.stdin is not None
-    time.sleep(1)
-    ends = said(started)
-    turns = sorted(tuple(turn) for _, each in ends for turn in each)
-    assert len(turns) == 50
-    due = [turn for turn, _ in turns]
-    assert all(later - earlier >= 19_999 for earlier, later in itertools.pairwise(due))
-    served = [moment for _, moment in turns]
-    took = max(served) - min(began for began, _ in ends)
-    assert 0.97 < took < 2.5
+    """Fifty waiters over four processes at fifty per second take 0.98 seconds, first come first."""
+    best = math.inf
+    for attempt in range(5):  # a busy machine may hold up anybody for a while
+        delays = [str(0.006 * n) for n in range(50)]
+        name = f"{prefix}-{attempt}"
+        started = [
+            process
+            for first in range(4)
+            for process in processes(1, _WAITER, valkey.url, name, *delays[first::4])
+        ]
+        for process in started:  # all of them are up before the first one goes
+            assert process.stdout is not None
+            process.stdout.readline()
+        begin = time.monotonic() + 0.1
+        for process in started:
+            assert process.stdin is not None
+            process.stdin.write(f"{begin}\n")
+            process.stdin.flush()
+        outputs = [process.communicate(timeout=120)[0] for process in started]
+        turns = sorted(tuple(turn) for output in outputs for turn in json.loads(output))
+        assert len(turns) == 50
+        served = [moment for _, moment in turns]
+        took = max(served) - turns[0][0]
+        assert took > 0.97, "more than the limit were served"
+        overtaken = sum(later < earlier for earlier, later in itertools.pairwise(served))
+        best = min(best, took if overtaken == 0 else math.inf)
+        if best < 1.1 * 0.98:
+            return
+    raise AssertionError(f"never in order within 10 % of 0.98 s: {best:.2f} s at best")
 
 
 def test_a_turn_beyond_the_timeout_is_refused_at_once(

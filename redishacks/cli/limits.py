@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import click
 
+from redishacks._command import Steps, ask
+from redishacks._drive import drive
 from redishacks._words import many
 from redishacks.cli import show
 from redishacks.cli.ending import EXIT_CODES
 from redishacks.errors import UsageError
-from redishacks.ratelimit import Ban, Limit, RateLimiter, Verdict
-from redishacks.ratelimit.commands import Layout
+from redishacks.ratelimit import Ban, Limit, Verdict
+from redishacks.ratelimit._core import top_steps, verdicts
+from redishacks.ratelimit.commands import MOST_REMEMBERED, Layout, Question
 
-#: It never takes effect by itself: it lets `peek` and `reset` see the bans that others have made.
+T = TypeVar("T")
+
+#: Seconds that an exchange may take.
+_DEADLINE = 1.0
+
+#: It never takes effect by itself: it lets us see, and end, the bans that others have made.
 _NO_BAN = Ban(2**53 - 1, 1)
 
 
@@ -26,21 +34,52 @@ class _Of(NamedTuple):
     tag: str
     name: str
 
-    def limiter(self) -> RateLimiter:
-        """Return a limiter with the limits that the application has announced."""
+    @property
+    def layout(self) -> Layout:
+        """The limiter's keys and commands."""
+        return Layout(self.prefix, self.name, self.tag)
+
+    def run(self, steps: Steps[T]) -> T:
+        """Talk to Redis."""
         from redishacks._transport import connect
 
-        layout = Layout(self.prefix, self.name, self.tag)
-        limits = connect(self.url).call(layout.announced(), 1.0)
+        return drive(steps, connect(self.url), _DEADLINE)
+
+    def limits(self) -> list[Limit]:
+        """Return the limits that the application has announced."""
+        limits = self.run(ask(self.layout.announced()))
         if not limits:
             raise UsageError(
                 f"no rate limiter {self.name!r} has been used in the last 25 hours "
                 f"(prefix {self.prefix!r}); is the name right?"
             )
-        return RateLimiter(
-            self.url, self.name, *limits, prefix=self.prefix, tag=self.tag, deadline=1.0,
-            ban=_NO_BAN,
-        )  # fmt: skip
+        return limits
+
+    def questions(self, key: str, part: str | None) -> list[Question]:
+        """Return what to ask about a key: of a part of keys, or as it is and of each named part."""
+        limits = self.limits()
+        names = {limit.name: None for limit in limits if limit.name is not None}
+        if part is not None:
+            names = {part: None}
+        questions = [self.layout.question(key, limits, 1, _NO_BAN)] if part is None else []
+        for name in names:
+            chosen = [limit for limit in limits if limit.name in (None, name)]
+            questions.append(self.layout.question({name: key}, chosen, 1, _NO_BAN))
+        return questions
+
+    def verdicts(self, key: str, part: str | None) -> list[Verdict]:
+        """Return what the limits say of a key: those that count it, or all when none does."""
+        found: list[Verdict] = []
+        for question in self.questions(key, part):
+            reply = self.run(ask(self.layout.decide(question, "peek")))
+            found += verdicts(question, reply)
+        # A limit with a name may count plain keys, too; it rarely does.
+        used = [each for each in found if each.reset_after]
+        return used or [
+            each
+            for each in found
+            if part is not None or (isinstance(each.limit, Limit) and each.part == each.limit.name)
+        ]
 
 
 def _of_a_limiter(command: Callable[..., None]) -> Callable[..., None]:
@@ -65,7 +104,9 @@ def _of_a_limiter(command: Callable[..., None]) -> Callable[..., None]:
     return run
 
 
-_PART = click.option("--part", help="The part of a mapping of keys that KEY is, such as user.")
+_PART = click.option(
+    "--part", help="The part of a mapping of keys that KEY is, such as user; by default any."
+)
 
 
 @click.group()
@@ -79,10 +120,9 @@ def limits() -> None:
 @_PART
 def status(of: _Of, key: str | None, part: str | None, as_json: bool) -> None:
     """Show the limits of the limiter NAME; with KEY what that has used, and when it frees."""
-    limiter = of.limiter()
     if key is None:
-        shown = [str(limit) for limit in limiter.limits]
-        refused = sum(times for _, times in limiter.top(1_000))
+        shown = [_named(limit) for limit in of.limits()]
+        refused = sum(times for _, times in of.run(top_steps(of.layout, MOST_REMEMBERED)))
         if as_json:
             show.print_json({"name": of.name, "limits": shown, "refused": refused})
             return
@@ -90,12 +130,12 @@ def status(of: _Of, key: str | None, part: str | None, as_json: bool) -> None:
         rows.append(("refused", f"{many(refused, 'hit')} in the last 24 hours"))
         show.facts(of.name, rows, show.console())
         return
-    decision = limiter.peek(key if part is None else {part: key})
+    found = of.verdicts(key, part)
     if as_json:
-        show.print_json({"name": of.name, "key": key, "limits": list(map(_as_json, decision.each))})
+        show.print_json({"name": of.name, "key": key, "limits": list(map(_as_json, found))})
         return
-    rows = [(str(verdict.limit), _in_words(verdict)) for verdict in decision.each]
-    show.facts(f"{of.name}: {show.printable(key)}", rows, show.console())
+    rows = [(_shown(verdict), _in_words(verdict)) for verdict in found]
+    show.facts(f"{of.name}: {show.printable(key)}", rows or [("limit", "none")], show.console())
 
 
 @limits.command(epilog=EXIT_CODES)
@@ -107,7 +147,8 @@ def reset(of: _Of, key: str, part: str | None, as_json: bool) -> None:
 
     A process that has refused KEY a moment ago may repeat that for up to a second.
     """
-    of.limiter().reset(key if part is None else {part: key})
+    for question in of.questions(key, part):
+        of.run(ask(of.layout.forget(question)))
     if as_json:
         show.print_json({"name": of.name, "key": key, "reset": True})
     else:
@@ -119,18 +160,29 @@ def reset(of: _Of, key: str, part: str | None, as_json: bool) -> None:
 @click.option("--count", type=click.IntRange(1, 1000), default=10, show_default=True)
 def top(of: _Of, count: int, as_json: bool) -> None:
     """Show the keys that were refused most in the last 24 hours."""
-    found = of.limiter().top(count)
+    of.limits()
+    found = of.run(top_steps(of.layout, count))
     if as_json:
         for key, times in found:
-            show.print_json({"name": of.name, "key": key, "refused": times})
+            shown = {"key": key} if isinstance(key, str) else {"key_hex": key.hex()}
+            show.print_json({"name": of.name, **shown, "refused": times})
         return
     rows = [(f"{times:,}", show.printable(key)) for key, times in found]
     show.facts(of.name, rows or [("refused", "nobody")], show.console())
 
 
+def _named(limit: Limit) -> str:
+    return str(limit) if limit.name is None else f"{limit.name}: {limit}"
+
+
+def _shown(verdict: Verdict) -> str:
+    limit = verdict.limit if isinstance(verdict.limit, Limit) else "ban"
+    return f"{limit}" if verdict.part is None else f"{verdict.part}: {limit}"
+
+
 def _as_json(verdict: Verdict) -> dict[str, Any]:
-    fields = verdict._asdict()
-    return {**fields, "limit": str(verdict.limit)}
+    limit = verdict.limit if isinstance(verdict.limit, Limit) else "ban"
+    return {**verdict._asdict(), "limit": str(limit)}
 
 
 def _in_words(verdict: Verdict) -> str:

@@ -3,11 +3,12 @@
 -- EVALSHA sha n key...  verb most  {algorithm amount a b cost [at]}...  [now]
 -- KEYS[i]  state of the i-th limit: string; TTL until it says nothing any more
 -- verb     hit     charge 1 to `most` units, as many as there is room for
+--          try     the same, and a refusal is no refusal to a ban: the caller will come again
 --          turn    charge one unit of a gcra, due within `most` µs
 --          peek    charge nothing
---          charge  charge one unit, whatever room there is
+--          charge  charge one unit, whatever room there is, as far as it can be counted
 --          refund  give back what was charged at `at`, as far as it still counts
---          cancel  the same for a turn, unless there are later ones
+--          cancel  give back a turn; at: when no debt is left after it, if there are no later ones
 --          note    `most` refusals were made without asking here
 -- now      µs since 1970, for tests; else the server's own
 --
@@ -17,7 +18,7 @@
 --   f  fixed   a: length of the window in µs, b: offset of its edges in µs
 --              window (6) count (7)
 --   g  gcra    amount: burst, a/b: µs per unit
---              µs (7) and fraction (7) of the time when no debt is left
+--              µs (7) and fraction (7) of the time when no debt is left, µs (7) of the last change
 --   l  log     a: length of the window in µs, b: µs per tick
 --              base in µs (7), ticks since then, oldest first (4 each)
 --   b  ban     amount: refusals, a: within µs, b: the first ban in µs, cost: the longest
@@ -30,6 +31,7 @@ local floor, ceil, min, max = math.floor, math.ceil, math.min, math.max
 local byte, rep, sub, unpack_, pack = string.byte, string.rep, string.sub, struct.unpack, struct.pack
 
 local verb, most = ARGV[1], tonumber(ARGV[2])
+local hitting = verb == 'hit' or verb == 'try'
 local giving = verb == 'refund' or verb == 'cancel'
 local fields = giving and 6 or 5
 local now
@@ -39,6 +41,9 @@ else
   local time = redis.call('TIME')
   now = time[1] * 1000000 + time[2]
 end
+
+-- What a state holds is exact below 2^53, and so are sums of two halves of that.
+local MOST = 2 ^ 52
 
 local function width_of(amount)
   return amount < 65536 and 2 or amount < 4294967296 and 4 or 7
@@ -63,8 +68,8 @@ local function window_algorithm()
     s.format = '<I' .. s.width
     newest, s.total = unpack_('<I6I7', raw, 2)
     local body = sub(raw, 15)
-    if s.index <= newest then
-      s.index, s.body = newest, body -- a clock that goes back stands still
+    if s.index <= newest then -- after a clock went back all counts from now on
+      s.body = body
       return
     end
     local ahead, keep = s.index - newest, (k + 1) * s.width
@@ -166,8 +171,8 @@ local function fixed_algorithm()
     s.index, s.count = floor((now - s.b) / s.a), 0
     if raw then
       local index, count = unpack_('<I6I7', raw)
-      if index >= s.index then
-        s.index, s.count = index, count
+      if index >= s.index then -- a later one if the clock went back
+        s.count = count
       end
     end
   end
@@ -207,8 +212,9 @@ local function gcra_algorithm()
   function gcra.read(s, raw)
     s.debt = 0 -- in µs times b
     if raw then
-      local time, fraction = unpack_('<I7I7', raw)
-      s.debt = max(0, (time - now) * s.b + min(fraction, s.b - 1))
+      local time, fraction, changed = unpack_('<I7I7I7', raw)
+      time = time - max(0, changed - now) -- the clock may have gone back
+      s.debt = min(MOST, max(0, (time - now) * s.b + min(fraction, s.b - 1)))
     end
   end
 
@@ -218,21 +224,26 @@ local function gcra_algorithm()
 
   function gcra.write(s)
     local micros = floor(s.debt / s.b)
-    return pack('<I7I7', now + micros, s.debt - micros * s.b), micros + 1
+    return pack('<I7I7I7', now + micros, s.debt - micros * s.b, now), micros + 1
   end
 
   function gcra.charge(s, cost)
-    s.debt = s.debt + cost * s.a
+    s.debt = min(MOST, s.debt + cost * s.a)
     return gcra.write(s)
   end
 
-  function gcra.refund(s, cost, at) -- at: when no debt was left, after that charge
-    if verb == 'cancel' and now + ceil(s.debt / s.b) ~= at then
-      return
+  function gcra.refund(s, cost, at)
+    local back
+    if verb == 'refund' then
+      -- What has drained since may have been its own: right in whatever order refunds come.
+      back = cost * s.a - max(0, now - at) * s.b
+    elseif now + ceil(s.debt / s.b) == at then
+      back = min(cost * s.a, (at - now) * s.b)
     end
-    local back = min(cost * s.a, max(0, at - now) * s.b)
-    s.debt = max(0, s.debt - back)
-    return gcra.write(s)
+    if back then
+      s.debt = max(0, s.debt - max(0, back))
+      return gcra.write(s)
+    end
   end
 
   function gcra.figures(s, cost)
@@ -253,6 +264,13 @@ local function log_algorithm()
     s.base, s.body = now, ''
     if raw then
       s.base, s.body = unpack_('<I7', raw), sub(raw, 8)
+      if #s.body > 0 then
+        -- The newest hit is ahead by a tick at most, unless the clock went back.
+        local ahead = s.base + unpack_('<I4', s.body, #s.body - 3) * s.b - now
+        if ahead > s.b then
+          s.base = s.base - ahead
+        end
+      end
       local old, live = 0, #s.body / 4 + 1 -- a place that may be old, one that is not
       while live - old > 1 do
         local middle = floor((old + live) / 2)
@@ -332,6 +350,8 @@ local function ban_algorithm()
     s.till, s.bans, s.since, s.count = 0, 0, now, 0
     if raw then
       s.till, s.bans, s.since, s.count = unpack_('<I7BI7I7', raw)
+      -- The clock may have gone back.
+      s.till, s.since = min(s.till, now + s.cost), min(s.since, now)
     end
   end
 
@@ -385,12 +405,16 @@ for i = 1, #KEYS do
   s.raw = redis.call('GET', s.key)
   s.algorithm.read(s, s.raw)
   states[i] = s
-  if verb == 'hit' then
+  if hitting then
     units = min(units, s.algorithm.room(s, s.cost))
+  elseif verb == 'charge' and s.letter ~= 'b' then
+    -- A log can remember no more hits than its limit, anything else no more than is exact.
+    local most_ = s.letter == 'l' and s.amount - s.count or MOST - (s.total or s.count or 0)
+    s.cost = max(0, min(s.cost, most_))
   end
 end
 
-local charged = verb == 'hit' and max(0, units) or verb == 'charge' and 1 or 0
+local charged = hitting and max(0, units) or verb == 'charge' and 1 or 0
 if verb == 'turn' then
   local _, due = states[1].algorithm.figures(states[1], states[1].cost)
   charged = due >= 0 and due <= most and 1 or 0

@@ -39,8 +39,7 @@ for i = 1, #keys do
     local newest
     width, newest, total = unpack_('<BI6I7', raw)
     local format, ahead = of_count(width), index - newest
-    if ahead <= 0 then
-      index = newest -- a clock that goes back stands still
+    if ahead <= 0 then -- after a clock went back all counts from now on
       if #raw > HEAD then
         count, others = unpack_(format, raw, HEAD + 1), sub(raw, HEAD + 1 + width)
       end

@@ -19,9 +19,13 @@ class Breaker:
         """Whether there is any node that did not answer."""
         return bool(self._probes)
 
+    def is_open(self, node: str) -> bool:
+        """Return whether the node did not answer a moment ago."""
+        return node in self._probes
+
     def check(self, node: str) -> None:
         """Raise `UnavailableError` when the node did not answer a moment ago."""
-        if node in self._probes:
+        if self.is_open(node):
             raise UnavailableError(
                 "Redis did not answer a moment ago, and is not asked until it does again"
             )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import inspect
 import itertools
 import logging
 import math
@@ -9,7 +11,7 @@ import time
 import weakref
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from time import monotonic
 from typing import Any, Generic, Literal, NamedTuple, TypeVar, cast
 
@@ -21,11 +23,10 @@ from redishacks._transport import Hook
 from redishacks._units import Seconds, seconds
 from redishacks.errors import MaybeAppliedError, UnavailableError, UsageError
 from redishacks.ratelimit._chores import Chores
-from redishacks.ratelimit._fallback import LocalLimits
 from redishacks.ratelimit._lists import KeyList
 from redishacks.ratelimit._recall import SKEW, Denied, Lease, Memory, reached
 from redishacks.ratelimit.commands import MOST_REMEMBERED, Key, Layout, Question
-from redishacks.ratelimit.decision import Charge, Decision, Verdict, decided
+from redishacks.ratelimit.decision import Charge, Decision, Verdict, aged, decided, with_more
 from redishacks.ratelimit.limit import Ban, Limit
 
 #: What may be limited: one key, or one for each part.
@@ -35,6 +36,7 @@ Limits = Limit | Sequence[Limit] | None
 Near = tuple[float, Callable[[Keys, Decision], object]]
 
 T = TypeVar("T", bound=Transport | AsyncTransport)
+R = TypeVar("R")
 S = TypeVar("S", bound=ThreadSender[Chores] | TaskSender[Chores])
 
 #: Seconds between two rounds of chores.
@@ -86,7 +88,7 @@ class Limiter(ABC, Generic[T, S]):
         on_command: Hook | None = None,
     ) -> None:
         self.name = name
-        self.limits = _limits(limits)
+        self._limits = _limits(limits)
         self.layout = Layout(prefix, name, tag)
         self.deadline = seconds(deadline, "deadline")
         if on_error not in ("raise", "allow", "deny", "local"):
@@ -95,18 +97,22 @@ class Limiter(ABC, Generic[T, S]):
             raise UsageError(f"local_share is above 0 and at most 1, not {local_share!r}")
         self._on_error = on_error
         self._local_share = local_share
-        self._local = LocalLimits()
         self._deny_max = seconds(deny_max, "deny_max") if deny_cache else None
         self._lease = _size(lease)
+        self._check_leasable()
         self._shadow = shadow
         self._near = _near(near)
         self._allow = KeyList(allow, "allow")
         self._deny = KeyList(deny, "deny")
         self._listed = bool(self._allow or self._deny)
+        if not isinstance(ban, Ban | None):
+            raise UsageError(f"ban is a Ban, such as Ban(100, 60), not {ban!r}")
         self._ban = ban
         self._ready: dict[object, Question] = {}
         self._memory = Memory()
-        self._chores = Chores(self.layout, self._memory, self.limits, heartbeat=on_error == "local")
+        self._chores = Chores(
+            self.layout, self._memory, self._limits, heartbeat=on_error == "local"
+        )
         self._refused, self._shadowed, self._degraded = (itertools.count() for _ in range(3))
         self.transport: T = self._connect(client, on_command)
         self._background: S = self._sender(
@@ -124,6 +130,24 @@ class Limiter(ABC, Generic[T, S]):
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.name}: {', '.join(map(str, self.limits))}>"
+
+    @property
+    def limits(self) -> tuple[Limit, ...]:
+        """The limits; they may be set at any time, and what was used stays used."""
+        return self._limits
+
+    @limits.setter
+    def limits(self, limits: Limit | Sequence[Limit]) -> None:
+        self._limits = _limits(limits)
+        self._check_leasable()
+        self._ready = {}
+        self._memory.forget_denials()
+        self._chores.announce(self._limits)
+
+    def _check_leasable(self) -> None:
+        strange = [limit for limit in self._limits if limit.algorithm in ("gcra", "log")]
+        if self._lease is not None and strange:
+            raise UsageError(f"lease is for window and fixed, not for {strange[0].algorithm}")
 
     def counts(self) -> Counts:
         """Return how often this process refused, would have, or decided without Redis."""
@@ -145,25 +169,31 @@ class Limiter(ABC, Generic[T, S]):
         """Return the question to ask, or the decision when there is nothing to ask."""
         if self._listed and (listed := self._by_list(key)) is not None:
             return listed
-        usual = limits is None and cost == 1 and type(key) in _SIMPLE
+        usual = limits is None and type(cost) is int and cost == 1 and type(key) in _SIMPLE
         question = self._ready.get(key) if usual else None
         if question is None:
-            chosen = self.limits if limits is None else _limits(limits)
-            question = self.layout.question(key, chosen, cost, self._ban)
+            question = self._question(key, cost, limits)
             if usual:
                 if len(self._ready) >= _READY:
                     self._ready.clear()
                 self._ready[key] = question
         if question.idle:
-            return _unasked(question)
+            return self._judged(_unasked(question))
+        if not self._background.somewhere():
+            self._background.start()
         if self._chores.breaker:
             try:
                 self._chores.breaker.check(self._where(question))
             except UnavailableError as error:
                 return self.without(question, error)
-        if not self._background.somewhere():
-            self._background.start()
         return question
+
+    def _question(self, key: Keys, cost: Cost, limits: Limits) -> Question:
+        chosen = self._limits
+        if limits is not None:
+            chosen = _limits(limits)
+            self._chores.announce(chosen)
+        return self.layout.question(key, chosen, cost, self._ban)
 
     def command(
         self, key: Keys, cost: Cost, limits: Limits, question: Question
@@ -180,6 +210,7 @@ class Limiter(ABC, Generic[T, S]):
     def _leasable(self, key: Keys, cost: Cost, limits: Limits, question: Question) -> bool:
         return (
             limits is None
+            and type(cost) is int
             and cost == 1
             and type(key) in _SIMPLE
             and all(fields[0] in "wfb" for fields in question.fields)
@@ -192,8 +223,7 @@ class Limiter(ABC, Generic[T, S]):
         values = key.values() if isinstance(key, Mapping) else (key,)
         raws = [_keys.id_bytes(value, "key") for value in values]
         if any(raw in self._deny for raw in raws):
-            next(self._refused)
-            return Decision(False, None, None, None, 0.0, source="list")
+            return self._judged(Decision(False, None, None, None, 0.0, source="list"))
         if any(raw in self._allow for raw in raws):
             return Decision(True, None, None, 0.0, 0.0, source="list")
         return None
@@ -213,25 +243,35 @@ class Limiter(ABC, Generic[T, S]):
         each = verdicts(question, reply)
         if reply[1]:
             decision = decided(True, each, charge=Charge(self, question, reply))
+            if self._near is not None:
+                self._approach(key, decision)
+            if reply[1] > 1:
+                # What was taken in advance is still there for this process.
+                decision = with_more(decision, reply[1] - 1)
             if self._lease is not None and self._leasable(key, cost, limits, question):
                 left = min(_bucket_left(fields, reply[0]) for fields in question.fields)
                 # Since the question was sent: that was before the server looked at its clock.
                 until = since + left / 1e6 * SKEW
                 self._memory.put(key, Lease(question, decision, reply[1], until))
-        else:
-            decision = decided(False, each)
-            if self._shadow:
-                next(self._shadowed)
-                decision = decision._replace(allowed=True)
-            else:
-                next(self._refused)
-                if self._deny_max is not None and limits is None and type(key) in _SIMPLE:
-                    units = cost if isinstance(cost, int) else 1
-                    denied = Denied(question, decision, units, since, self._deny_max)
-                    self._memory.put(key, denied)
-                self._chores.refused.append(question)
+            return decision
+        decision = decided(False, each)
+        self._chores.refused.append(question)
+        repeated = limits is None and type(key) in _SIMPLE and not self._shadow
+        if repeated and self._deny_max is not None:
+            units = cost if isinstance(cost, int) else 1
+            self._memory.put(key, Denied(question, decision, units, since, self._deny_max))
         if self._near is not None:
             self._approach(key, decision)
+        return self._judged(decision)
+
+    def _judged(self, decision: Decision) -> Decision:
+        """Count a refusal; in shadow mode let it pass."""
+        if decision.allowed:
+            return decision
+        if self._shadow:
+            next(self._shadowed)
+            return decision._replace(allowed=True)
+        next(self._refused)
         return decision
 
     def _approach(self, key: Keys, decision: Decision) -> None:
@@ -249,21 +289,45 @@ class Limiter(ABC, Generic[T, S]):
     def without(self, question: Question, error: Exception, units: int = 1) -> Decision:
         """Decide without Redis, as `on_error` says."""
         self._chores.breaker.open(self._where(question), self.layout.decide(question, "peek"))
-        if self._on_error == "raise":
+        if self._on_error == "raise" and not self._shadow:
             raise error
         next(self._degraded)
         if self._on_error == "local":
             share = 1 / self._chores.processes if self._chores.processes else self._local_share
-            return self._local.decide(question, share, units)
+            return self._judged(self._chores.local.decide(question, share, units))
         allowed = self._on_error == "allow"
         each = tuple(
             Verdict(limit, part, allowed, 0, 0.0 if allowed else 1.0, 0.0, 0.0)
             for limit, part in question.rules
             if isinstance(limit, Limit)
         )
-        return decided(allowed, each, "none", degraded=True)
+        return self._judged(decided(allowed, each, "none", degraded=True))
+
+    @contextlib.contextmanager
+    def _closing(self) -> Iterator[None]:
+        """Give back tokens that are still good, too."""
+        self._chores.closing = True
+        try:
+            yield
+        finally:
+            self._chores.closing = False
+
+    def _forgiving(self) -> contextlib.AbstractContextManager[None]:
+        """Let it pass that Redis is away, unless that is to be raised."""
+        away = () if self._on_error == "raise" else AWAY
+        return contextlib.suppress(*away)
 
     # Conversations
+
+    def _say(self, question: Question, command: Command[R]) -> Steps[R]:
+        """Ask about a key, unless its node did not answer a moment ago."""
+        where = self._where(question)
+        self._chores.breaker.check(where)
+        try:
+            return (yield from ask(command))
+        except AWAY:
+            self._chores.breaker.open(where, self.layout.decide(question, "peek"))
+            raise
 
     def refund_steps(self, decision: Decision, units: int | None) -> Steps[int]:
         charge = decision.charge
@@ -273,28 +337,24 @@ class Limiter(ABC, Generic[T, S]):
             )
         costs = charge.take(units)
         if any(costs):
-            yield from ask(self.layout.refund(charge.question, costs, charge.moments()))
+            command = self.layout.refund(charge.question, costs, charge.moments())
+            try:
+                yield from self._say(charge.question, command)
+            except UnavailableError:
+                charge.put_back(max(costs))
+                raise
             self._memory.forget(charge.question)
         return max(costs)
 
     def reset_steps(self, key: Keys, limits: Limits) -> Steps[None]:
-        chosen = self.limits if limits is None else _limits(limits)
-        question = self.layout.question(key, chosen, 1, self._ban)
+        question = self._question(key, 1, limits)
         self._memory.forget(question, leases=True)
         if question.keys:
-            yield from ask(self.layout.forget(question))
+            yield from self._say(question, self.layout.forget(question))
         self._memory.forget(question, leases=True)
 
-    def top_steps(self, count: int) -> Steps[list[tuple[str, int]]]:
-        """Read the keys refused most in the last 24 hours."""
-        hour = int(time.time() // 3600)
-        hours = [self.layout.top(hour - ago, MOST_REMEMBERED) for ago in range(24)]
-        refused: Counter[str] = Counter()
-        for outcome in (yield from ask_all(hours)):
-            refused.update(dict(outcome.result()))
-        return refused.most_common(count)
-
     def many_steps(self, keys: Sequence[Keys], cost: Cost, limits: Limits) -> Steps[list[Decision]]:
+        keys = list(keys)
         decisions: list[Decision | None] = []
         asked: list[tuple[int, Question]] = []
         for at, key in enumerate(keys):
@@ -328,39 +388,43 @@ class Limiter(ABC, Generic[T, S]):
         while not isinstance(question, Decision):
             since = monotonic()
             turn = _has_turns(question)
-            left = max(0.0, end - since)
-            command = (
-                self.layout.decide(question, "turn", int(left * 1e6)) if turn else question.hit
-            )
+            most = max(0, int((end - since) * 1e6)) if turn else 1
             try:
-                reply = yield from ask(command)
+                reply = yield from self._say(
+                    question, self.layout.decide(question, "turn" if turn else "try", most)
+                )
             except AWAY as error:
                 decision = self.without(question, error)
+                if decision.allowed or not _worth_waiting(decision, end):
+                    return decision
             else:
-                decision = self.answered(key, cost, limits, question, reply, since)
-                if turn and decision.allowed:
-                    return (yield from self._own_turn(question, reply, decision))
-            if decision.allowed or decision.retry_after is None:
-                return decision
-            if monotonic() + decision.retry_after > end:
-                return decision
-            yield Sleep(decision.retry_after)
+                if reply[1]:
+                    passed = [*reply[:3], 0, *reply[4:]]  # a turn is due after reply[3] µs
+                    decision = self.answered(key, cost, limits, question, passed, since)
+                    return (yield from self._own_turn(question, decision, reply[3] / 1e6))
+                decision = decided(False, verdicts(question, reply))
+                if self._shadow or not _worth_waiting(decision, end):
+                    # Only now is it a refusal: the caller gives up.
+                    if self._ban is not None:
+                        self._chores.given_up.append(question)
+                    return self.answered(key, cost, limits, question, reply, since)
+            yield Sleep(decision.retry_after or 0.0)
         return question
 
-    def _own_turn(
-        self, question: Question, reply: list[int], decision: Decision
-    ) -> Steps[Decision]:
+    def _own_turn(self, question: Question, decision: Decision, due: float) -> Steps[Decision]:
         """Sleep until a turn that is taken; one that is not waited for is given back."""
-        due = reply[3]
+        assert decision.charge is not None
         try:
             if due:
-                yield Sleep(due / 1e6)
+                yield Sleep(due)
+        except GeneratorExit:
+            raise  # nobody is there to go on: it costs its own turn
         except BaseException:
-            assert decision.charge is not None
-            costs, moments = decision.charge.take(None), decision.charge.moments()
-            yield from ask(self.layout.refund(question, costs, moments, "cancel"))
+            costs, ends = decision.charge.take(None), decision.charge.ends()
+            with contextlib.suppress(*AWAY):
+                yield from self._say(question, self.layout.refund(question, costs, ends, "cancel"))
             raise
-        return decision
+        return aged(decision, due)
 
     def peek_steps(self, key: Keys, cost: Cost, limits: Limits) -> Steps[Decision]:
         """Say what a hit would say."""
@@ -368,17 +432,31 @@ class Limiter(ABC, Generic[T, S]):
         if isinstance(question, Decision):
             return question
         try:
-            reply = yield from ask(self.layout.decide(question, "peek"))
+            reply = yield from self._say(question, self.layout.decide(question, "peek"))
         except AWAY as error:
             return self.without(question, error, units=0)
         each = verdicts(question, reply)
-        return decided(all(verdict.allowed for verdict in each), each)
+        return decided(self._shadow or all(verdict.allowed for verdict in each), each)
 
-    def charge_steps(self, key: Keys, cost: int, limits: Limits) -> Steps[None]:
-        """Charge a cost, whatever room there is."""
-        question = self.layout.question(key, self.limits if limits is None else _limits(limits), 1)
-        if question.keys and not question.idle:
-            yield from ask(self.layout.charge(question, cost))
+    def settle_steps(
+        self, key: Keys, limits: Limits, decision: Decision, more: int, *, failed: bool
+    ) -> Steps[None]:
+        """Charge so much more than a decision did, whatever room there is, or give it back.
+
+        Where Redis is away `on_error` decides, as for a hit; after an error in the body, nothing
+        hides that.
+        """
+        try:
+            if more > 0:
+                question = self._question(key, 1, limits)
+                if question.keys and not question.idle:
+                    yield from self._say(question, self.layout.charge(question, more))
+            elif more < 0 and decision.charge is not None:
+                yield from self.refund_steps(decision, -more)
+        except AWAY:
+            if self._on_error == "raise" and not failed:
+                raise
+            next(self._degraded)
 
 
 AnyLimiter = Limiter[Any, Any]
@@ -388,6 +466,8 @@ AnyLimiter = Limiter[Any, Any]
 
 
 def _limits(given: Limit | Sequence[Limit]) -> tuple[Limit, ...]:
+    if not isinstance(given, Limit | Sequence):
+        raise UsageError(f"a limit is a Limit, or a list of them, not {given!r}")
     limits = (given,) if isinstance(given, Limit) else tuple(given)
     strange = [limit for limit in limits if not isinstance(limit, Limit)]
     if strange or not limits:
@@ -402,8 +482,11 @@ def _near(near: Near | None) -> Near | None:
         and isinstance(near[0], int | float)
         and 0 < near[0] <= 1
         and callable(near[1])
+        and not inspect.iscoroutinefunction(near[1])
     ):
-        raise UsageError(f"near is (fraction, callback), such as (0.8, warn), not {near!r}")
+        raise UsageError(
+            f"near is (fraction, callback), such as (0.8, warn), the callback not async: {near!r}"
+        )
     return near
 
 
@@ -429,10 +512,26 @@ def _size(lease: object) -> int | None:
     return lease
 
 
+def _worth_waiting(decision: Decision, end: float) -> bool:
+    """Return whether a place comes back in time."""
+    wait = decision.retry_after
+    return wait is not None and monotonic() + wait <= end
+
+
 def _has_turns(question: Question) -> bool:
     """Return whether waiters may take turns: a single gcra tells each of them when."""
     asked = [fields for fields in question.fields if fields[0] != "b"]
     return len(asked) == 1 and asked[0][0] == "g"
+
+
+def top_steps(layout: Layout, count: int) -> Steps[list[tuple[str | bytes, int]]]:
+    """Read the keys refused most in the last 24 hours."""
+    hour = int(time.time() // 3600)
+    hours = [layout.top(hour - ago, MOST_REMEMBERED) for ago in range(24)]
+    refused: Counter[str | bytes] = Counter()
+    for outcome in (yield from ask_all(hours)):
+        refused.update(dict(outcome.result()))
+    return refused.most_common(count)
 
 
 def verdicts(question: Question, reply: Sequence[int]) -> tuple[Verdict, ...]:

@@ -1,8 +1,4 @@
-"""What a rate limiter does when Redis cannot be asked: a breaker, and a share of the limit.
-
-After a question that found no answer in time the breaker of that node opens: further ones are not
-asked, until a probe, off the path of requests and once a second, has found the node again.
-"""
+"""A rate limiter by itself, when Redis cannot be asked: it keeps to a share of each limit."""
 
 from __future__ import annotations
 
@@ -15,8 +11,10 @@ from redishacks.ratelimit.commands import Question
 from redishacks.ratelimit.decision import Decision, Verdict, decided
 from redishacks.ratelimit.limit import Ban, Limit
 
-#: Keys that are limited locally; when there are more, all are forgotten that count nothing.
+#: Keys that are limited locally. When there are more, those that count nothing are forgotten, once
+#: a second; at twice as many the one that came first is.
 _MOST_KEYS = 10_000
+_SWEEP = 1.0
 #: In so many steps a hit's time is rounded up.
 _STEPS = 30
 
@@ -34,6 +32,7 @@ class LocalLimits:
         self._lock = threading.RLock()
         #: By the key in Redis: when each hit stops counting, and its cost.
         self._spent: dict[bytes, deque[tuple[float, int]]] = {}
+        self._swept = 0.0
 
     def decide(self, question: Question, share: float, units: int) -> Decision:
         """Charge a hit (units 1) or look (0) at a share of every limit; all allow it or none."""
@@ -59,14 +58,15 @@ class LocalLimits:
         limit, part = question.rules[n]
         cost, room = question.costs[n], share * (limit.amount or 0)
         spent = self._live(question.keys[n], now)
-        total = sum(each for _, each in spent)
+        entries = list(spent)
+        total = sum(each for _, each in entries)
         wait, left = 0.0, total
-        for end, each in spent:
+        for end, each in entries:
             if left == 0 or left + cost <= room:
                 break
             left -= each
             wait = end - now
-        first, last = (spent[0][0] - now, spent[-1][0] - now) if spent else (0.0, 0.0)
+        first, last = (entries[0][0] - now, entries[-1][0] - now) if entries else (0.0, 0.0)
         remaining = max(0, int(room) - total)
         return Verdict(limit, part, wait == 0.0, remaining, wait, first, last)
 
@@ -75,7 +75,7 @@ class LocalLimits:
         assert isinstance(limit, Limit)
         cost, room = question.costs[n], share * (limit.amount or 0)
         if len(self._spent) >= _MOST_KEYS:
-            self._spent = {key: spent for key in self._spent if (spent := self._live(key, now))}
+            self._sweep(now)
         length = limit.micros / 1e6 * max(1.0, cost / room)
         spent = self._spent.setdefault(question.keys[n], deque())
         # Rounded up to one of some dozens: a million hits take no more entries, and none too few.
@@ -85,6 +85,15 @@ class LocalLimits:
             end, before = spent.pop()
             cost += before
         spent.append((end, cost))
+
+    def _sweep(self, now: float) -> None:
+        if now - self._swept >= _SWEEP:
+            self._swept = now
+            for key in list(self._spent):
+                if not self._live(key, now):
+                    self._spent.pop(key, None)
+        while len(self._spent) >= 2 * _MOST_KEYS:
+            self._spent.pop(next(iter(self._spent)), None)
 
     def _live(self, key: bytes, now: float) -> deque[tuple[float, int]]:
         spent = self._spent.get(key, deque())

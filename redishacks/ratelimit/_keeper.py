@@ -4,19 +4,17 @@
 - a place is left whose release got through to nobody, and one of an acquisition that was given up:
   its command may have arrived, or arrive yet;
 - a node that did not answer is asked whether it is there again.
-
-A sender of `_linger` drives it, as it does a counter's buffer; a forked child begins with nothing.
 """
 
 from __future__ import annotations
 
 import logging
 from time import monotonic
-from typing import Any, Protocol, Self
+from typing import Any, Protocol
 
 from redishacks._command import Command, Steps, ask_all
 from redishacks.errors import RedisHacksError, UnavailableError
-from redishacks.ratelimit._breaker import Breaker
+from redishacks.ratelimit._errands import Errands
 
 #: Places that wait to be left; of more the oldest come back by the end of their leases only.
 _MOST_LEAVING = 10_000
@@ -44,22 +42,19 @@ class Held(Protocol):
         """Take note of the answer to what was said then; return whether the place is still held."""
 
 
-class Keeper:
-    """What is to be kept or left; to a sender of `_linger` it is a buffer."""
+class Keeper(Errands):
+    """What is to be kept or left."""
 
     def __init__(self, name: str) -> None:
         self.what = f"leases of concurrency limiter {name}"
         self._name = name
-        self.reset()
+        super().__init__()
 
     def reset(self) -> None:
         """Begin with nothing: at first, and in a forked child, which holds no place."""
-        self.breaker = Breaker()
+        super().reset()
         self._held: dict[str, Held] = {}
         self._leaving: dict[str, Command[Any]] = {}
-        self.error: RedisHacksError | None = None
-        self.forked = False
-        self.room = 0
 
     def keep(self, slot: Held) -> None:
         """Renew its lease from now on."""
@@ -75,22 +70,9 @@ class Keeper:
             self._leaving.pop(next(iter(self._leaving)), None)
         self._leaving[token] = command
 
-    def after_fork(self) -> Self:
-        """Begin anew in a forked child."""
-        self.reset()
-        return self
-
-    def make_room(self) -> bool:
-        """Return whether there is room: always."""
-        return True
-
-    def held(self) -> int:
-        """Return how many places wait to be left; 0 when the last try has failed."""
-        return 0 if self.error is not None else len(self._leaving)
-
-    def full(self) -> UnavailableError:
-        """Return the error for want of room."""
-        return UnavailableError("there is no room for another place to be left")
+    def waiting(self) -> int:
+        """Return how many places wait to be left."""
+        return len(self._leaving)
 
     def send(self) -> Steps[None]:
         """Do all that is to be done now, in one exchange; raises when a node is away."""

@@ -15,8 +15,8 @@ class KeyList:
     """Exact keys, and networks such as "10.0.0.0/8" that match keys which are addresses in them."""
 
     def __init__(self, entries: Iterable[str | int | bytes], name: str) -> None:
-        if isinstance(entries, str | bytes):
-            raise UsageError(f"{name} is a list of keys and networks, not one: {entries!r}")
+        if isinstance(entries, str | bytes) or not isinstance(entries, Iterable):
+            raise UsageError(f"{name} is a list of keys and networks, not {entries!r}")
         self._exact: set[bytes] = set()
         self._networks: list[Network] = []
         for entry in entries:
@@ -44,7 +44,8 @@ class KeyList:
 
 
 def _network(entry: object) -> Network | None:
-    if not isinstance(entry, str) or "/" not in entry:
+    """Return a network, or an address as one: it may be written in more ways than one."""
+    if not isinstance(entry, str):
         return None
     try:
         return ipaddress.ip_network(entry, strict=False)

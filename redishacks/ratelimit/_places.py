@@ -176,6 +176,9 @@ class Seat:
 
     def leave_steps(self) -> Steps[None]:
         command = self.leaving()
+        if self._core.is_away(self):
+            self._core.leave_later(self)
+            return
         try:
             yield from ask(command)
         except GeneratorExit:
@@ -281,6 +284,11 @@ class Concurrency(ABC, Generic[T]):
         """Renew it no more."""
         if self._renew:
             self._background().buffer.forget(slot)
+
+    def is_away(self, slot: Seat) -> bool:
+        """Return whether the node did not answer a moment ago."""
+        breaker = self._background().buffer.breaker
+        return bool(breaker) and breaker.is_open(self._where(slot))
 
     def leave_later(self, slot: Seat) -> None:
         """Give a place back in the background."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 import operator
 import re
+import threading
 from collections import deque
 from time import monotonic
 
@@ -26,6 +27,8 @@ _FRESH = 0.001
 _MOST = 10_000
 #: An int as it is written to Redis.
 _WHOLE = re.compile(r"0|-?[1-9][0-9]*")
+#: Sweeps, one a second, after which a lease is given back that nobody spends from.
+_IDLE = 5
 #: Tokens of a lease, when its size is found out.
 _LARGEST = 10_000
 
@@ -69,6 +72,10 @@ class Denied:
         """Return how often it was repeated."""
         return reached(self._tally)
 
+    def due(self) -> bool:
+        """Return whether what waits may not wait any longer."""
+        return True
+
     def pending(self) -> int:
         """Return how many refusals nobody has been told of."""
         return reached(self._tally) - self._told
@@ -84,7 +91,7 @@ class Lease:
     """Tokens that are charged already: each is spent by one hit, until the time is up."""
 
     __slots__ = (
-        "_charge", "_each", "_limit", "_remaining", "_reset_after", "_tokens",
+        "_charge", "_each", "_idle", "_left", "_limit", "_remaining", "_reset_after", "_tokens",
         "question", "size", "until",
     )  # fmt: skip
 
@@ -101,6 +108,8 @@ class Lease:
         self._each = decision.each
         # Taken one by one, by whatever thread.
         self._tokens = iter(range(size - 2, -1, -1))
+        #: Tokens at the last sweep, and for how many sweeps there were as many.
+        self._left, self._idle = size, 0
 
     def answer(self, cost: int) -> Decision | None:
         """Spend a token; None: Redis has to be asked."""
@@ -140,6 +149,17 @@ class Lease:
         """Return how much waits to be given back."""
         return operator.length_hint(self._tokens)
 
+    def due(self) -> bool:
+        """Return whether what waits may not wait any longer."""
+        return monotonic() >= self.until
+
+    def idles(self) -> bool:
+        """Return whether nobody has spent a token for some sweeps."""
+        left = self.pending()
+        self._idle = self._idle + 1 if left == self._left else 0
+        self._left = left
+        return self._idle >= _IDLE
+
     def news(self) -> int:
         """Return how many refusals nobody has been told of: none."""
         return 0
@@ -160,24 +180,33 @@ class Memory:
         self.entries: dict[object, Denied | Lease] = {}
         #: What was replaced before all of it was told or spent.
         self._replaced: deque[Denied | Lease] = deque()
-        #: Refusals repeated by entries that are gone.
-        self._past = 0
+        self.reset()
 
     def put(self, key: object, entry: Denied | Lease) -> None:
         """Remember a refusal or a lease; without room a refusal is not, and a lease is returned."""
-        old = self.entries.get(key)
-        if old is not None:
-            self._replaced.append(old)
-        elif len(self.entries) >= _MOST:
-            if isinstance(entry, Lease):
-                self._replaced.append(entry)
-            return
-        self.entries[key] = entry
+        with self._putting:
+            old = self.entries.get(key)
+            if old is not None:
+                self._replaced.append(old)
+            elif len(self.entries) >= _MOST:
+                if isinstance(entry, Lease):
+                    self._replaced.append(entry)
+                return
+            self.entries[key] = entry
 
-    def waiting(self) -> int:
-        """Return how much waits to be told or given back."""
+    def reset(self) -> None:
+        """Forget everything, as another process; tokens are not given back."""
+        self.entries.clear()
+        self._replaced.clear()
+        #: Refusals repeated by entries that are gone.
+        self._past = 0
+        # Re-entrant: a signal handler may hit while its thread is in here.
+        self._putting = threading.RLock()
+
+    def waiting(self, *, everything: bool = False) -> int:
+        """Return how much waits to be told or given back; with `everything` good tokens, too."""
         entries = [*self._replaced, *self.entries.values()]
-        return sum(entry.pending() for entry in entries)
+        return sum(entry.pending() for entry in entries if everything or entry.due())
 
     def news(self) -> list[tuple[Question, int]]:
         """Return how often each question was refused that nobody has been told of."""
@@ -189,7 +218,7 @@ class Memory:
         now = monotonic()
         gone = [self._replaced.popleft() for _ in range(len(self._replaced))]
         for key, entry in list(self.entries.items()):
-            if everything or entry.until <= now:
+            if entry.until <= now or (isinstance(entry, Lease) and (everything or entry.idles())):
                 self.entries.pop(key, None)
                 gone.append(entry)
         self._past += sum(entry.total() for entry in gone)
@@ -200,6 +229,13 @@ class Memory:
         """Return how many refusals were answered from memory."""
         entries = [*self._replaced, *self.entries.values()]
         return self._past + sum(entry.total() for entry in entries)
+
+    def forget_denials(self) -> None:
+        """Forget all refusals: the limits are others now."""
+        for key, entry in list(self.entries.items()):
+            if isinstance(entry, Denied):
+                self.entries.pop(key, None)
+                self._replaced.append(entry)
 
     def forget(self, question: Question, *, leases: bool = False) -> None:
         """Forget what a key was refused; with `leases` its tokens, too, which are not given back.

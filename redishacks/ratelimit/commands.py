@@ -25,7 +25,7 @@ from redishacks.errors import UsageError
 from redishacks.ratelimit.limit import Ban, CostError, Limit
 
 Key = str | int | bytes
-Verb = Literal["hit", "charge", "turn", "peek", "note"]
+Verb = Literal["hit", "try", "charge", "turn", "peek", "note"]
 
 
 class Rule(NamedTuple):
@@ -48,7 +48,7 @@ class Question(NamedTuple):
     #: Nobody needs to be asked: there is no limit, or one of 0.
     idle: bool
     #: How people know the key.
-    label: str
+    label: bytes
     #: The key, unless it is a mapping.
     raw: bytes | None
 
@@ -91,9 +91,13 @@ class Layout:
         if isinstance(key, Mapping):
             if not key:
                 raise UsageError("a mapping of keys needs at least one part")
+            if not all(isinstance(part, str) for part in key):
+                raise UsageError(f"parts of a key have names, which are str: {list(key)!r}")
             raws = {part: _keys.id_bytes(value, "key") for part, value in key.items()}
         else:
             raws = {None: _keys.id_bytes(key, "key")}
+        if isinstance(cost, Mapping):
+            _check_names(cost, limits)
         rules: list[Rule] = []
         keys: list[bytes] = []
         fields: list[tuple[str, ...]] = []
@@ -130,7 +134,7 @@ class Layout:
 
     def decide(self, question: Question, verb: Verb, most: int = 1) -> Command[list[int]]:
         """Ask the limits. The reply: now, units charged, and four figures for each limit."""
-        if verb == "hit" and all(each[0] == "w" for each in question.fields):
+        if verb in ("hit", "try") and all(each[0] == "w" for each in question.fields):
             fields = [field for each in question.fields for field in each[1:]]
             return Command((str(most), *fields), question.keys, script=self._window)
         fields = [field for each in question.fields for field in each]
@@ -168,19 +172,19 @@ class Layout:
         keys = tuple(question.keys[i] for i in bans)
         return [Command(("note", str(refusals), *fields), keys, script=self._script)]
 
-    def tell(self, hour: int, refused: Mapping[str, int]) -> Command[Any]:
+    def tell(self, hour: int, refused: Mapping[bytes, int]) -> Command[Any]:
         """Add to how often each key was refused in an hour."""
         pairs = [text for label, times in refused.items() for text in (label, str(times))]
-        args = (str(MOST_REMEMBERED), str(_REMEMBER), *pairs)
+        args: tuple[bytes | str, ...] = (str(MOST_REMEMBERED), str(_REMEMBER), *pairs)
         return Command(args, (self.refusals_key(hour),), script=script("ratelimit_note"))
 
-    def top(self, hour: int, count: int) -> Command[list[tuple[str, int]]]:
+    def top(self, hour: int, count: int) -> Command[list[tuple[str | bytes, int]]]:
         """Read the keys refused most in an hour, with how often."""
 
-        def parse(reply: list[Any]) -> list[tuple[str, int]]:
+        def parse(reply: list[Any]) -> list[tuple[str | bytes, int]]:
             flat = [item for pair in reply for item in pair] if _nested(reply) else reply
             return [
-                (key.decode(), int(float(times)))
+                (_keys.id_shown(key), int(float(times)))
                 for key, times in zip(flat[::2], flat[1::2], strict=True)
             ]
 
@@ -188,19 +192,25 @@ class Layout:
         args = ("ZRANGE", key, "0", str(count - 1), "REV", "WITHSCORES")
         return Command(args, (key,), parse, repeatable=True)
 
-    def announce(self, limits: Iterable[Limit]) -> Command[Any]:
-        """Say which limits there are."""
-        pairs = [text for limit in limits for text in (limit.shape, limit.to_json())]
+    def announce(
+        self, limits: Iterable[Limit], now: int, parse: Callable[[Any], None]
+    ) -> Command[Any]:
+        """Say which limits there are, at this time in seconds since 1970."""
+        pairs = [
+            text
+            for limit in limits
+            for text in (f"{limit.shape} {limit.name or ''}", limit.to_json())
+        ]
         key = _keys.make(self._prefix, "r1", self._name, "limits")
-        args = (str(_REMEMBER), *pairs)
-        return Command(args, (key,), script=script("ratelimit_announce"), repeatable=True)
+        args = (str(now), str(_REMEMBER), *pairs)
+        return Command(args, (key,), parse, script("ratelimit_announce"), repeatable=True)
 
     def announced(self) -> Command[list[Limit]]:
         """Read which limits there are."""
         key = _keys.make(self._prefix, "r1", self._name, "limits")
 
         def parse(reply: list[bytes]) -> list[Limit]:
-            return [Limit.from_json(text) for text in reply]
+            return [Limit.from_json(text.partition(b" ")[2]) for text in reply]
 
         return Command(("HVALS", key), (key,), parse, repeatable=True)
 
@@ -226,11 +236,11 @@ def _marked(text: str) -> str:
     return text.replace("/", "%2F").replace("|", "%7C")
 
 
-def _label(raws: Mapping[str | None, bytes]) -> str:
+def _label(raws: Mapping[str | None, bytes]) -> bytes:
     """Return how people know a key: as it is, or each part with its name."""
     if None in raws:
-        return _keys.quote_bytes(raws[None])
-    return " ".join(f"{part}={_keys.quote_bytes(raw)}" for part, raw in raws.items())
+        return raws[None]
+    return " ".join(f"{part}={_keys.quote_bytes(raw)}" for part, raw in raws.items()).encode()
 
 
 def _nested(reply: list[Any]) -> bool:
@@ -246,6 +256,15 @@ def _parts(limit: Limit, raws: Mapping[str | None, bytes]) -> Sequence[str | Non
         shown = ", ".join(map(str, raws))
         raise UsageError(f"limit {limit.name!r} has no part of the key: the parts are {shown}")
     return [limit.name]
+
+
+def _check_names(cost: Mapping[str, int], limits: Sequence[Limit]) -> None:
+    """Refuse costs of limits that are not there."""
+    names = {limit.name for limit in limits}
+    strange = [name for name in cost if name not in names]
+    if strange:
+        shown = ", ".join(sorted(filter(None, names))) or "none has one"
+        raise CostError(f"a cost names a limit, and there is none named {strange[0]!r}: {shown}")
 
 
 def _cost(limit: Limit, cost: int | Mapping[str, int]) -> int:

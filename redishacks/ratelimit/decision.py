@@ -10,6 +10,9 @@ from redishacks.errors import RedisHacksError, UsageError
 from redishacks.ratelimit.commands import Question
 from redishacks.ratelimit.limit import Ban, Limit, Places
 
+#: The largest integer of a structured field.
+_LARGEST = 10**15 - 1
+
 
 class Verdict(NamedTuple):
     """What one limit says; times in seconds from the moment of the decision."""
@@ -31,8 +34,9 @@ class Decision(NamedTuple):
     """Whether to go on, and the figures of the limit that decides; true when allowed.
 
     Exact when `source` is "redis". Otherwise nobody was asked: "lease" spent a token taken before,
-    "deny" knows of a refusal a moment ago, "local" stands in for a Redis that is away, "none"
-    needed no question (no limit, a limit of 0, an allow or deny list).
+    "deny" knows of a refusal a moment ago, "local" stands in for a Redis that is away, "list" is on
+    an allow or deny list, "none" needed no question (no limit, a limit of 0). Tokens that this
+    process has leased count as left; `each` has the figures of the moment they were taken.
     """
 
     allowed: bool
@@ -84,23 +88,30 @@ class Decision(NamedTuple):
         `-Remaining` and `-Reset`.
         """
         policies, states = [], []
+        tight = self.tightest
+        # The tokens that were spent since a lease was taken.
+        spent = tight.remaining - (self.remaining or 0) if tight and self.source == "lease" else 0
         for name, verdict in self.policies.items():
             limit = verdict.limit
+            quota = min(limit.amount or 0, _LARGEST)
             if isinstance(limit, Limit):
                 over = f"w={max(1, math.ceil(limit.micros / 1e6))}"
             else:
                 over = 'qu="concurrent-requests"'
-            policies.append(f'"{name}";q={limit.amount};{over}')
-            wait = verdict.next_after if verdict.allowed else verdict.retry_after
-            after = "" if wait is None else f";t={math.ceil(wait)}"
-            states.append(f'"{name}";r={verdict.remaining}{after}')
+            policies.append(f'"{name}";q={quota};{over}')
+            # A refusal has one time to come again, and other limits must not name a later one.
+            wait = verdict.next_after if self.allowed else verdict.retry_after
+            told = wait is not None and (self.allowed or not verdict.allowed)
+            after = f";t={math.ceil(wait or 0.0)}" if told else ""
+            left = max(0, min(verdict.remaining - spent, quota))
+            states.append(f'"{name}";r={left}{after}')
         fields = {}
         if policies:
             fields["RateLimit-Policy"] = ", ".join(policies)
             fields["RateLimit"] = ", ".join(states)
         if legacy and self.limit is not None:
             fields["X-RateLimit-Limit"] = str(self.limit)
-            fields["X-RateLimit-Remaining"] = str(self.remaining)
+            fields["X-RateLimit-Remaining"] = str(min(self.remaining or 0, self.limit))
             fields["X-RateLimit-Reset"] = str(math.ceil(self.reset_after))
         if not self.allowed and self.retry_after is not None:
             fields["Retry-After"] = str(max(1, math.ceil(self.retry_after)))
@@ -134,14 +145,22 @@ class Charge:
         self._back.append(after)
         return [min(cost, after) - min(cost, before) for cost in costs]
 
+    def put_back(self, units: int) -> None:
+        """Take note that so much was not given back after all."""
+        while True:
+            try:
+                self._back.append(max(0, self._back.pop() - units))
+                return
+            except IndexError:  # another thread has it for a moment
+                continue
+
     def moments(self) -> list[int]:
-        """Return what tells each limit when it was charged, in microseconds."""
-        now = self.reply[0]
-        # A gcra knows it by the time when no debt was left.
-        return [
-            now + self.reply[5 + 4 * i] if fields[0] == "g" else now
-            for i, fields in enumerate(self.question.fields)
-        ]
+        """Return when each limit was charged, in microseconds."""
+        return [self.reply[0]] * len(self.question.fields)
+
+    def ends(self) -> list[int]:
+        """Return when nothing that each limit had counted by then counts any more."""
+        return [self.reply[0] + self.reply[5 + 4 * i] for i in range(len(self.question.fields))]
 
 
 class RateLimitedError(RedisHacksError):
@@ -153,10 +172,11 @@ class RateLimitedError(RedisHacksError):
         self.key = key
         tight = decision.tightest
         limit = f" of {tight.limit}" if tight is not None else ""
+        verb = "is used up" if tight is not None else "lets nobody pass"
         wait = decision.retry_after
         again = "" if wait is None else f"; again in {wait:.3f} s"
         shown = "" if key is None else f" for {key!r}"
-        super().__init__(f"rate limit {name}{limit}{shown} is used up{again}")
+        super().__init__(f"rate limit {name}{limit}{shown} {verb}{again}")
 
     def __reduce__(self) -> tuple[Any, ...]:
         return RateLimitedError, (self.decision, self.name, self.key)
@@ -187,8 +207,21 @@ def decided(
     )
 
 
+def with_more(decision: Decision, units: int) -> Decision:
+    """Return a decision with so much more left: tokens that are charged, and yet to be spent."""
+    return decision._replace(
+        remaining=(decision.remaining or 0) + units,
+        each=tuple(
+            verdict
+            if isinstance(verdict.limit, Ban)
+            else verdict._replace(remaining=verdict.remaining + units)
+            for verdict in decision.each
+        ),
+    )
+
+
 def aged(decision: Decision, passed: float) -> Decision:
-    """Return a refusal as it stands some seconds later, when nobody has hit meanwhile."""
+    """Return a decision as it stands some seconds later, when nobody has hit meanwhile."""
 
     def left(wait: float | None) -> float | None:
         return None if wait is None else max(0.0, wait - passed)

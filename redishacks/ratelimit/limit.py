@@ -38,7 +38,10 @@ _UNITS = {
     "m": 60_000_000, "min": 60_000_000, "minute": 60_000_000, "h": 3_600_000_000,
     "hour": 3_600_000_000, "d": 86_400_000_000, "day": 86_400_000_000, "week": 604_800_000_000,
 }  # fmt: skip
-_TEXT = re.compile(r"\s*([\d_]+)\s*(?:/|per\b)\s*(\d+(?:\.\d+)?)?\s*([a-z]+)\s*", re.IGNORECASE)
+_TEXT = re.compile(
+    r"\s*([0-9](?:_?[0-9]){0,30})\s*(?:/|per\b)\s*([0-9]{1,15}(?:\.[0-9]{1,15})?)?\s*([a-z]+)\s*",
+    re.IGNORECASE,
+)
 #: What may stand in a structured field's string without being escaped.
 _NAME = re.compile(r"[ !#-\[\]-~]{1,64}")
 
@@ -54,7 +57,8 @@ class Limit:
     `amount` None is no limit, 0 refuses everything. `per` is from a millisecond to 366 days.
 
     `window` counts in sub-buckets, the oldest one whole: never more than `amount` in any time of
-    `per` seconds. A place comes back up to `precision` seconds late, a 30th of `per` by default.
+    `per` seconds. A place comes back up to `precision` seconds late, by default a 30th of `per`, or
+    an 18th where the amount is 2^32 or more (raised beyond that, it begins anew).
     `fixed` counts per window of the server's clock, all keys' windows together or, with `spread`,
     each at an offset of its own, so that not all of them begin at once. `gcra` lets hits pass
     evenly, `burst` (by default `amount`) at once; `strict=True` slows the rate, and halves the
@@ -108,6 +112,11 @@ class Limit:
             raise UsageError(
                 f"a log remembers at most {LONGEST_LOG:,} hits, not {self.amount}: use a window"
             )
+        if self.algorithm == "gcra" and self.amount and self._pace == (0, 0):
+            raise UsageError(
+                f"a gcra cannot count a burst of {self.most:,} at {self}: its debt would be more "
+                "than it can hold"
+            )
         if self.algorithm == "window":
             most = next(most for below, most in _MOST_BUCKETS if (self.amount or 0) < below)
             if self.buckets > most or self.bucket_micros < 1:
@@ -133,7 +142,8 @@ class Limit:
 
     def __str__(self) -> str:
         amount = "unlimited" if self.amount is None else str(self.amount)
-        return f"{amount}/{seconds(self.per, 'per'):g}s"
+        period = seconds(self.per, "per")
+        return f"{amount}/{int(period) if period == int(period) else period}s"
 
     def to_json(self) -> str:
         """Return it as text that `from_json` reads."""
@@ -142,8 +152,11 @@ class Limit:
 
     @classmethod
     def from_json(cls, text: str | bytes) -> Limit:
-        """Read what `to_json` has written."""
-        return cls(**json.loads(text))
+        """Read what `to_json` has written; raises `UsageError` for anything else."""
+        try:
+            return cls(**json.loads(text))
+        except (TypeError, ValueError) as error:
+            raise UsageError(f"{text!r} is no limit that this version knows: {error}") from None
 
     # What commands need
 
@@ -193,13 +206,23 @@ class Limit:
             return "f", str(amount), str(micros), "0"
         if self.algorithm == "log":
             return "l", str(amount), str(micros), str(max(1_000, -(-micros // 2**31)))
-        if self.strict:
-            return "g", str(self.most), str(-(-micros // (amount - self.most + 1))), "1"
-        shared = math.gcd(micros, amount)
-        a, b = micros // shared, amount // shared
-        if self.most * a > EXACT // 4:  # rounded up, by less than a millionth
-            a, b = -(-micros // amount), 1
+        a, b = self._pace
         return "g", str(self.most), str(a), str(b)
+
+    @cached_property
+    def _pace(self) -> tuple[int, int]:
+        """Microseconds per unit of a gcra, as a fraction; (0, 0) when it cannot be kept exactly."""
+        micros, units = self.micros, self.amount or 1
+        if self.strict:
+            units = units - self.most + 1
+        shared = math.gcd(micros, units)
+        a, b = micros // shared, units // shared
+        # A debt of the whole burst must stay exact, with room for turns beyond it.
+        largest = EXACT // 8 // max(1, self.most)
+        if a > largest:
+            b = largest * units // micros
+            a = -(-micros * b // units)  # rounded up, by less than a part in `largest`
+        return (a, b) if b and largest >= 1_000 else (0, 0)
 
 
 @dataclass(frozen=True)

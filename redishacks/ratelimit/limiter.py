@@ -25,10 +25,18 @@ from redishacks._command import Steps
 from redishacks._drive import AsyncTransport, Transport, drive, drive_async
 from redishacks._linger import TaskSender, ThreadSender
 from redishacks._transport import Hook, connect, connect_async
-from redishacks._units import Seconds
+from redishacks._units import EXACT, Seconds
 from redishacks.errors import UsageError
 from redishacks.ratelimit._chores import Chores
-from redishacks.ratelimit._core import AWAY, AnyLimiter, Cost, Keys, Limiter, Limits
+from redishacks.ratelimit._core import (
+    AWAY,
+    AnyLimiter,
+    Cost,
+    Keys,
+    Limiter,
+    Limits,
+    top_steps,
+)
 from redishacks.ratelimit.decision import Decision, RateLimitedError
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -120,12 +128,12 @@ class RateLimiter(Limiter[Transport, ThreadSender[Chores]]):
         """
         drive(self.reset_steps(key, limits), self.transport, self.deadline)
 
-    def top(self, count: int = 10) -> list[tuple[str, int]]:
+    def top(self, count: int = 10) -> list[tuple[str | bytes, int]]:
         """Return the keys refused most in the last 24 hours, with how often. One round trip.
 
         The thousand keys refused most are remembered per hour; a process tells once a second.
         """
-        return drive(self.top_steps(count), self.transport, self.deadline)
+        return drive(top_steps(self.layout, count), self.transport, self.deadline)
 
     def reserve(self, key: Keys, estimate: int, *, limits: Limits = None) -> Reservation:
         """Charge an estimate for the time of a `with`, and settle the actual cost in it.
@@ -140,8 +148,8 @@ class RateLimiter(Limiter[Transport, ThreadSender[Chores]]):
 
     def close(self) -> None:
         """Give back leased tokens and tell what is to be told; at exit this happens by itself."""
-        self._chores.closing = True
-        self._background.send()
+        with self._closing(), self._forgiving():
+            self._background.send()
 
     def __call__(self, key: Keys, cost: Cost = 1, *, limits: Limits = None) -> Passage:
         """Return a context manager that hits on entry, and raises `RateLimitedError`."""
@@ -232,9 +240,9 @@ class AsyncRateLimiter(Limiter[AsyncTransport, TaskSender[Chores]]):
         """Forget all that a key has used, and its bans. One round trip."""
         await drive_async(self.reset_steps(key, limits), self.transport, self.deadline)
 
-    async def top(self, count: int = 10) -> list[tuple[str, int]]:
+    async def top(self, count: int = 10) -> list[tuple[str | bytes, int]]:
         """Return the keys refused most in the last 24 hours, with how often. One round trip."""
-        return await drive_async(self.top_steps(count), self.transport, self.deadline)
+        return await drive_async(top_steps(self.layout, count), self.transport, self.deadline)
 
     def reserve(self, key: Keys, estimate: int, *, limits: Limits = None) -> AsyncReservation:
         """Charge an estimate for the time of an `async with`, as `RateLimiter.reserve`."""
@@ -242,8 +250,8 @@ class AsyncRateLimiter(Limiter[AsyncTransport, TaskSender[Chores]]):
 
     async def aclose(self) -> None:
         """Give back leased tokens and tell what is to be told."""
-        self._chores.closing = True
-        await self._background.send()
+        with self._closing(), self._forgiving():
+            await self._background.send()
 
     def __call__(self, key: Keys, cost: Cost = 1, *, limits: Limits = None) -> AsyncPassage:
         """Return an async context manager that hits on entry, and raises `RateLimitedError`."""
@@ -316,8 +324,9 @@ class _Reservation:
 
     def settle(self, actual: int) -> None:
         """Say what it cost in the end, 0 or more; charged or given back when the `with` ends."""
-        if isinstance(actual, bool) or not isinstance(actual, int) or actual < 0:
-            raise UsageError(f"an actual cost is an int from 0, not {actual!r}")
+        whole = isinstance(actual, int) and not isinstance(actual, bool)
+        if not whole or not 0 <= actual < EXACT:
+            raise UsageError(f"an actual cost is an int from 0 to 2^53, not {actual!r}")
         self._actual = actual
 
     def _settled(self, failed: bool) -> Steps[None]:
@@ -325,11 +334,10 @@ class _Reservation:
         actual = self._estimate if self._actual is None else self._actual
         if failed and self._actual is None:
             actual = 0
-        if actual > self._estimate:
-            more = actual - self._estimate
-            yield from self._core.charge_steps(self._key, more, self._limits)
-        elif actual < self._estimate and self.decision.charge is not None:
-            yield from self._core.refund_steps(self.decision, self._estimate - actual)
+        more = actual - self._estimate
+        yield from self._core.settle_steps(
+            self._key, self._limits, self.decision, more, failed=failed
+        )
 
 
 class Reservation(_Reservation):

@@ -6,6 +6,7 @@ import inspect
 import json
 import logging
 import math
+import time
 from collections.abc import Callable, Mapping
 from typing import Any, Generic, NamedTuple, TypeVar
 
@@ -94,6 +95,7 @@ class Middleware(Generic[App, Either]):
         self._key = key
         self._route: Callable[[Any], Either | None] | None = None
         self._prefixes: list[tuple[str, Either | None]] = []
+        self._told = -math.inf
         if isinstance(routes, Mapping):
             self._prefixes = self._sorted(routes)
         elif routes is not None:
@@ -123,6 +125,14 @@ class Middleware(Generic[App, Either]):
     def refusal(self, request: Request, decision: Decision) -> App | None:
         """Return the application that answers a refusal; None: the usual answer."""
         return None if self._on_limited is None else self._on_limited(request, decision)
+
+    def away(self, error: Exception) -> Decision:
+        """Return the decision when a limiter could only raise that Redis is away."""
+        now = time.monotonic()
+        if now >= self._told + _AWAY_FOR:
+            self._told = now
+            _log.warning("requests are refused since their rate limits are unknown: %s", error)
+        return Decision(False, None, None, _AWAY_FOR, _AWAY_FOR, source="none", degraded=True)
 
     def _limiter_of(self, request: Request) -> Either | None:
         if self._route is not None:
@@ -175,12 +185,6 @@ class Answer(NamedTuple):
     reason: str
     fields: dict[str, str]
     body: bytes
-
-
-def away(error: Exception) -> Decision:
-    """Return the decision when a limiter could only raise that Redis is away."""
-    _log.warning("a request is refused since its rate limit is unknown: %s", error)
-    return Decision(False, None, None, _AWAY_FOR, _AWAY_FOR, source="none", degraded=True)
 
 
 def answer(decision: Decision) -> Answer:

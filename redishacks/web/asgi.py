@@ -7,7 +7,7 @@ from typing import Any
 
 from redishacks.ratelimit import AsyncRateLimiter, Decision
 from redishacks.ratelimit._core import AWAY
-from redishacks.web._http import KeyFunction, Middleware, answer, away
+from redishacks.web._http import KeyFunction, Middleware, answer
 from redishacks.web.keys import by_address
 
 Scope = MutableMapping[str, Any]
@@ -60,7 +60,7 @@ class ASGIRateLimit(Middleware[ASGIApplication, AsyncRateLimiter]):
         try:
             decision = await limiter.hit(key)
         except AWAY as error:
-            decision = away(error)
+            decision = self.away(error)
         adding = _adding(self.fields(decision), send)
         if decision.allowed:
             return await self.app(scope, receive, adding)

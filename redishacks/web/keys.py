@@ -21,6 +21,7 @@ import ipaddress
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from redishacks._keys import MAX_ID
 from redishacks.errors import UsageError
 from redishacks.ratelimit._core import Keys
 from redishacks.web._http import KeyFunction, header, peer
@@ -134,13 +135,17 @@ def by_user(
     """Limit by the user that `find(request)` returns.
 
     For nobody (None or "") by `otherwise`, by default `by_address()`. Users and addresses that look
-    the same are limited apart.
+    the same are limited apart. A name too long for a key is limited by its digest.
     """
     anybody = by_address() if otherwise is None else otherwise
 
     def key(request: Any) -> Keys | None:
         user = find(request)
-        return anybody(request) if user is None or user == "" else f"user:{user}"
+        if user is None or user == "":
+            return anybody(request)
+        name = f"user:{user}"
+        raw = name.encode("utf-8", "surrogateescape")
+        return name if len(raw) <= MAX_ID else f"user:{hashlib.sha256(raw).hexdigest()}"
 
     return key
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from redishacks.ratelimit import Decision, RateLimiter
 from redishacks.ratelimit._core import AWAY
-from redishacks.web._http import KeyFunction, Middleware, answer, away
+from redishacks.web._http import KeyFunction, Middleware, answer
 from redishacks.web.keys import by_address
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ class WSGIRateLimit(Middleware["WSGIApplication", RateLimiter]):
         try:
             decision = limiter.hit(key)
         except AWAY as error:
-            decision = away(error)
+            decision = self.away(error)
         start = _adding(self.fields(decision), start_response)
         if decision.allowed:
             return self.app(environ, start)
