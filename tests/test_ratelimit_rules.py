@@ -258,3 +258,153 @@ def test_the_short_way_is_the_long_one(redishacks_valkey: Any, windows: Any, eve
         assert seen[0][-places:] == pytest.approx(seen[1][-places:], abs=2_000)
         if what != "refund" and seen[0][-2 * places - 1][1]:
             charged = now
+
+
+# The edge of a window, clocks that go back, large amounts
+
+
+@pytest.mark.parametrize("algorithm", ["window", "log", "gcra"])
+def test_a_full_limit_before_an_edge_and_a_drip_after_it(
+    redishacks_valkey: Any, algorithm: str
+) -> None:
+    """The adversary of two-bucket windows: not one more than the limit passes in any window."""
+    limit = Limit(20, 60, algorithm=algorithm, strict=algorithm == "gcra")
+    server = Server(redishacks_valkey.url, limit)
+    edge = START - START % limit.micros + limit.micros
+    passed: list[int] = []
+    moments = [edge - 1] * 25 + [edge + i * limit.micros // 97 for i in range(200)]
+    for now in moments:
+        passed += [now] * server.ask("hit", now)[1]
+    assert len(passed) > 2 * limit.most
+    for begin in passed:
+        assert sum(begin <= time < begin + limit.micros for time in passed) <= 20
+
+
+@pytest.mark.parametrize("algorithm", ["window", "fixed", "gcra", "log"])
+@pytest.mark.parametrize("back", [1, 3_600_000_000, 86_400_000_000])
+def test_a_clock_that_goes_back_locks_nobody_out(
+    redishacks_valkey: Any, algorithm: str, back: int
+) -> None:
+    """After a step of the server's clock what was used counts from then on: for one length."""
+    limit = Limit(5, 60, algorithm=algorithm)
+    server = Server(redishacks_valkey.url, limit)
+    for _ in range(5):
+        assert server.ask("hit", START)[1] == 1
+    now = START - back
+    _, units, remaining, retry, following, reset = server.ask("hit", now)
+    assert (units, remaining) == (0, 0), "a step gives nothing away"
+    slack = limit.bucket_micros + 2_000
+    assert 0 < retry <= following <= reset <= limit.micros + slack
+    assert server.ask("hit", now + retry)[1] == 1
+    assert server.ask("peek", now + retry + limit.micros + slack)[2] == 5
+
+
+def test_a_ban_does_not_outlast_a_clock_that_goes_back(redishacks_valkey: Any) -> None:
+    """A ban lasts no longer than the longest one, whatever the clock does."""
+    server = Server(redishacks_valkey.url, Limit(1, 60), ban=Ban(2, 60, lasting=30, longest=40))
+    for _ in range(3):
+        server.ask("hit", START)
+    assert server.ask("peek", START)[7] == 30_000_000
+    assert server.ask("peek", START - 86_400_000_000)[7] == 40_000_000
+
+
+def test_bans_grow(redishacks_valkey: Any) -> None:
+    """Each ban lasts twice as long as the one before, up to the longest."""
+    ban = Ban(2, 600, lasting=10, longest=35)
+    server = Server(redishacks_valkey.url, Limit(1, 86_400), ban=ban)
+    now = START
+    assert server.ask("hit", now)[1] == 1
+    lasted = []
+    for _ in range(4):
+        for _ in range(2):
+            assert server.ask("hit", now)[1] == 0
+        retry = server.ask("peek", now)[7]
+        lasted.append(retry / 1e6)
+        assert server.ask("hit", now + retry - 1)[7] == 1, "a hit while banned is none"
+        now += retry
+    assert lasted == [10, 20, 35, 35]
+
+
+def test_a_try_is_no_refusal(redishacks_valkey: Any) -> None:
+    """Who will come again is not on the way to a ban."""
+    server = Server(redishacks_valkey.url, Limit(1, 60), ban=Ban(2, 60))
+    assert server.ask("try", START)[1] == 1
+    for _ in range(5):
+        assert server.ask("try", START)[1] == 0
+    assert server.ask("peek", START)[7] == 0
+
+
+@pytest.mark.parametrize(
+    ("amount", "per", "options"),
+    [
+        (10 * 2**30, 3600, {}),
+        (40_000_001, 60, {}),
+        (10**9, 60, {"strict": True}),
+        (10**12, 86_400, {}),
+        (999_999_937, 366 * 86_400, {}),
+        (7, 366 * 86_400, {"burst": 3}),
+    ],
+)
+def test_a_gcra_keeps_its_pace_whatever_the_amount(
+    redishacks_valkey: Any, amount: int, per: float, options: Any
+) -> None:
+    """The whole limit comes back in its length, to a thousandth, and never sooner."""
+    limit = Limit(amount, per, algorithm="gcra", **options)
+    server = Server(redishacks_valkey.url, limit)
+    question = server.question()
+    _, _, a, b, *_ = question.fields[0]
+    units = amount - limit.most + 1 if limit.strict else amount
+    exact = Fraction(limit.micros, units)
+    assert exact <= Fraction(int(a), int(b)) <= exact * Fraction(1001, 1000)
+    _, charged, remaining, _, _, reset = server.ask("hit", START, cost=limit.most)
+    assert (charged, remaining) == (1, 0)
+    full = limit.micros * limit.most / units
+    assert full <= reset <= full * 1.001 + 1
+    assert server.ask("peek", START + reset)[2] == limit.most
+
+
+@pytest.mark.parametrize("algorithm", ["window", "fixed", "gcra", "log"])
+def test_what_is_settled_beyond_all_measure(redishacks_valkey: Any, algorithm: str) -> None:
+    """A charge without bounds uses the limit up, and breaks nothing."""
+    limit = Limit(10, 60, algorithm=algorithm)
+    server = Server(redishacks_valkey.url, limit)
+    for huge in (2**53 - 1, 2**53 - 1):
+        command = server.layout.charge(server.question(), huge)
+        args = (*command.args, str(START))
+        reply = server.transport.call(command._replace(args=args), 5.0)
+        assert reply[2] == 0
+    with redishacks_valkey.client() as watch:
+        (key,) = server.question().keys
+        assert watch.strlen(key) <= 250
+        assert watch.pttl(key) > 0
+    assert server.ask("hit", START)[1] == 0
+    if algorithm != "gcra":  # whose debt is paid by and by
+        assert server.ask("hit", START + 2 * limit.micros)[1] == 1
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    trace=st.lists(
+        st.tuples(st.integers(0, 400), st.integers(1, 4), st.integers(0, 5)), max_size=40
+    )
+)
+def test_refunds_in_any_order_mint_nothing(redishacks_valkey: Any, trace: Any) -> None:
+    """Of a strict gcra, no window has more hits than the limit that were not given back."""
+    limit = Limit(8, 60, algorithm="gcra", strict=True)
+    server = Server(redishacks_valkey.url, limit)
+    kept: list[tuple[int, int]] = []
+    now = START
+    for step, cost, back in trace:
+        now += step * limit.micros // 1000
+        if back < len(kept) and back < 3:  # give back one of the first, whatever came after it
+            charged, taken = kept.pop(back)
+            command = server.layout.refund(server.question(taken), [taken], [charged])
+            server.transport.call(command._replace(args=(*command.args, str(now))), 5.0)
+        elif server.ask("hit", now, cost)[1]:
+            kept.append((now, cost))
+        for begin, _ in kept:
+            assert (
+                sum(cost for time, cost in kept if begin <= time < begin + limit.micros)
+                <= limit.most * 2
+            )
+            assert sum(cost for time, cost in kept if begin <= time < begin + limit.micros) <= 8

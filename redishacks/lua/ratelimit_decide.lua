@@ -49,8 +49,9 @@ local function width_of(amount)
   return amount < 65536 and 2 or amount < 4294967296 and 4 or 7
 end
 
--- Each algorithm: read the state into s; room(s): units of cost that fit; charge(s, cost): the new
--- state and µs that it counts; refund(s, cost, at): the same, or nil; and the figures of the reply.
+-- Each algorithm: read the state into s; room(s): units of cost that fit; write(s): the state and µs
+-- that it counts; charge(s, cost): the same, as it is then; refund(s, cost, at): the same, or nil; and
+-- the figures of the reply. Where the clock went back, what was used counts from now on: s.moved.
 
 local function window_algorithm()
   local window = {}
@@ -68,8 +69,8 @@ local function window_algorithm()
     s.format = '<I' .. s.width
     newest, s.total = unpack_('<I6I7', raw, 2)
     local body = sub(raw, 15)
-    if s.index <= newest then -- after a clock went back all counts from now on
-      s.body = body
+    if s.index <= newest then
+      s.body, s.moved = body, s.index < newest
       return
     end
     local ahead, keep = s.index - newest, (k + 1) * s.width
@@ -171,8 +172,8 @@ local function fixed_algorithm()
     s.index, s.count = floor((now - s.b) / s.a), 0
     if raw then
       local index, count = unpack_('<I6I7', raw)
-      if index >= s.index then -- a later one if the clock went back
-        s.count = count
+      if index >= s.index then
+        s.count, s.moved = count, index > s.index
       end
     end
   end
@@ -213,7 +214,7 @@ local function gcra_algorithm()
     s.debt = 0 -- in µs times b
     if raw then
       local time, fraction, changed = unpack_('<I7I7I7', raw)
-      time = time - max(0, changed - now) -- the clock may have gone back
+      time, s.moved = time - max(0, changed - now), changed > now
       s.debt = min(MOST, max(0, (time - now) * s.b + min(fraction, s.b - 1)))
     end
   end
@@ -268,7 +269,7 @@ local function log_algorithm()
         -- The newest hit is ahead by a tick at most, unless the clock went back.
         local ahead = s.base + unpack_('<I4', s.body, #s.body - 3) * s.b - now
         if ahead > s.b then
-          s.base = s.base - ahead
+          s.base, s.moved = s.base - ahead, true
         end
       end
       local old, live = 0, #s.body / 4 + 1 -- a place that may be old, one that is not
@@ -350,13 +351,20 @@ local function ban_algorithm()
     s.till, s.bans, s.since, s.count = 0, 0, now, 0
     if raw then
       s.till, s.bans, s.since, s.count = unpack_('<I7BI7I7', raw)
-      -- The clock may have gone back.
-      s.till, s.since = min(s.till, now + s.cost), min(s.since, now)
+      if s.till > now + s.cost or s.since > now then
+        s.till, s.since, s.moved = min(s.till, now + s.cost), min(s.since, now), true
+      end
     end
   end
 
   function ban.room(s)
     return now < s.till and 0 or most
+  end
+
+  function ban.write(s)
+    -- What it learned is forgotten as long after a ban as the longest one lasts.
+    local counts = max(s.since + s.a, s.bans > 0 and s.till + s.cost or 0) - now
+    return pack('<I7BI7I7', s.till, s.bans, s.since, s.count), counts
   end
 
   function ban.note(s, refusals)
@@ -368,9 +376,7 @@ local function ban_algorithm()
       s.till = now + min(s.cost, s.b * 2 ^ min(s.bans, 40))
       s.bans, s.count = min(255, s.bans + 1), 0
     end
-    -- What it learned is forgotten as long after a ban as the longest one lasts.
-    local counts = max(s.since + s.a, s.bans > 0 and s.till + s.cost or 0) - now
-    return pack('<I7BI7I7', s.till, s.bans, s.since, s.count), counts
+    return ban.write(s)
   end
 
   function ban.figures(s)
@@ -438,6 +444,8 @@ for i, s in ipairs(states) do
   elseif s.letter == 'b' and now >= s.till
     and (verb == 'note' or verb == 'hit' and charged == 0) then
     save(s, algorithm.note(s, verb == 'note' and most or 1))
+  elseif s.moved then
+    save(s, algorithm.write(s))
   end
   local remaining, retry, next_, reset = algorithm.figures(s, cost)
   if charged == 0 and s.raw and redis.call('PTTL', s.key) == -1 then

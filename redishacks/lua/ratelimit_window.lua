@@ -27,19 +27,21 @@ local function of_head_and_count(width)
   return width == 2 and '<BI6I7I2' or width == 4 and '<BI6I7I4' or '<BI6I7I7'
 end
 
--- Per window, from place 5i - 4 on: newest bucket, width, total, count of the newest, the others
+-- Per window, from place 6i - 5 on: newest bucket, width, total, count of the newest, the others,
+-- and whether the clock went back: then all of it counts from now on
 local states = {}
 for i = 1, #keys do
-  local at, last = 4 * i - 2, 5 * i - 5
+  local at, last = 4 * i - 2, 6 * i - 6
   local amount, keep = args[at] + 0, args[at + 2] + 1
   local wanted = amount < 65536 and 2 or amount < 4294967296 and 4 or 7
   local index, width, total, count, others = floor(now / args[at + 1]), wanted, 0, 0, ''
-  local raw = call('GET', keys[i])
+  local raw, moved = call('GET', keys[i]), false
   if raw then
     local newest
     width, newest, total = unpack_('<BI6I7', raw)
     local format, ahead = of_count(width), index - newest
-    if ahead <= 0 then -- after a clock went back all counts from now on
+    if ahead <= 0 then
+      moved = ahead < 0
       if #raw > HEAD then
         count, others = unpack_(format, raw, HEAD + 1), sub(raw, HEAD + 1 + width)
       end
@@ -69,20 +71,22 @@ for i = 1, #keys do
   end
   units = max(0, math.min(units, floor((amount - total) / args[at + 3])))
   states[last + 1], states[last + 2], states[last + 3] = index, width, total
-  states[last + 4], states[last + 5] = count, others
+  states[last + 4], states[last + 5], states[last + 6] = count, others, moved
 end
 
 local reply = {now, units}
 for i = 1, #keys do
   local at = 4 * i - 2
   local amount, w, cost = args[at] + 0, args[at + 1] + 0, args[at + 3] + 0
-  local index, width, total, count, others = unpack(states, 5 * i - 4, 5 * i)
+  local index, width, total, count, others, moved = unpack(states, 6 * i - 5, 6 * i)
   local left = (index + args[at + 2] + 1) * w - now -- µs until the newest bucket stops counting
   local oldest, retry, next_, reset = #others / width, 0, 0, 0 -- places after the newest
-  if units > 0 then
-    total = total + cost * units
-    local head = pack(of_head_and_count(width), width, index, total, count + cost * units)
+  if units > 0 or (moved and total > 0) then
+    total, count = total + cost * units, count + cost * units
+    local head = pack(of_head_and_count(width), width, index, total, count)
     call('SET', keys[i], head .. others, 'PX', math.ceil(left / 1000))
+  end
+  if units > 0 then
     next_, reset = left - oldest * w, left
   else
     if cost > amount then
