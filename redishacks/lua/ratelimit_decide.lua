@@ -70,7 +70,7 @@ local function window_algorithm()
     newest, s.total = unpack_('<I6I7', raw, 2)
     local body = sub(raw, 15)
     if s.index <= newest then
-      s.body, s.moved = body, s.index < newest
+      s.body, s.moved = body, s.index < newest and s.total > 0
       return
     end
     local ahead, keep = s.index - newest, (k + 1) * s.width
