@@ -71,11 +71,18 @@ class Colour:
         return RateLimiter(client, name, *limits, **options)
 
     def reserve(
-        self, limiter: Any, key: str, estimate: int, actual: int | None, error: Any = None
+        self,
+        limiter: Any,
+        key: str,
+        estimate: int,
+        actual: int | None,
+        inside: Callable[[], object] = bool,
+        error: Any = None,
     ) -> None:
-        """Reserve, settle what is given, and raise what is given."""
+        """Reserve, call a function, settle what is given, and raise what is given."""
 
         def settle(reservation: Any) -> None:
+            inside()
             if actual is not None:
                 reservation.settle(actual)
             if error is not None:

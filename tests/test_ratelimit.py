@@ -282,7 +282,7 @@ def test_a_reservation_is_settled(colour: Colour, url: str, prefix: str) -> None
     colour.reserve(limiter, "u", 6, 2)
     assert limiter.peek("u").remaining == 8
     with pytest.raises(ZeroDivisionError):
-        colour.reserve(limiter, "u", 6, None, ZeroDivisionError())
+        colour.reserve(limiter, "u", 6, None, error=ZeroDivisionError())
     assert limiter.peek("u").remaining == 8
     colour.reserve(limiter, "u", 3, None)
     assert limiter.peek("u").remaining == 5

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import json
 import math
@@ -21,7 +22,7 @@ import redis
 import redis.asyncio
 
 from redishacks.errors import CrossNodeError, MaybeAppliedError, UnavailableError
-from redishacks.ratelimit import Limit, RateLimiter
+from redishacks.ratelimit import AsyncRateLimiter, Limit, RateLimiter
 from redishacks.testing import FaultProxy, valkey_server
 from tests.helpers import Colour, eventually
 
@@ -56,7 +57,7 @@ def said(started: list[subprocess.Popen[str]]) -> list[Any]:
 
 _HAMMER = """
     import json, sys, threading, time
-    from redishacks.ratelimit import Limit, RateLimiter
+    from redishacks.ratelimit import AsyncRateLimiter, Limit, RateLimiter
     url, prefix, limit, options, rounds = sys.argv[1:]
     limiter = RateLimiter(url, "api", eval(limit), prefix=prefix, deadline=5, **json.loads(options))
     passed = []
@@ -93,7 +94,9 @@ def test_leases_never_let_more_pass(valkey: Any, prefix: str, lease: Any) -> Non
     options = json.dumps({"lease": lease})
     started = processes(4, _HAMMER, valkey.url, prefix, "Limit(100, 600)", options, "10")
     passed = sum(len(each) for each in said(started))
-    assert passed <= 100
+    # Each process may hold what is left of one lease while another is refused.
+    stranded = 4 * (50 if lease == "auto" else lease - 1)
+    assert 100 - stranded <= passed <= 100
     assert RateLimiter(valkey.url, "api", Limit(100, 600), prefix=prefix).peek("u").remaining == (
         100 - passed
     )
@@ -126,20 +129,21 @@ def test_a_hot_key_asks_seldom(colour: Colour, valkey: Any, prefix: str) -> None
     assert limiter.peek("u").remaining == 1_000_000 - 4_999
 
 
+@pytest.mark.parametrize("algorithm", ["window", "fixed"])
 def test_leased_tokens_that_nobody_spends_come_back(
-    colour: Colour, valkey: Any, prefix: str
+    colour: Colour, valkey: Any, prefix: str, algorithm: str
 ) -> None:
-    """An idle process gives its tokens back within some seconds."""
-    limiter = colour.limiter(valkey.url, "api", Limit(100, 600), prefix=prefix, lease=50)
-    limiter.hit("u")
-    assert limiter.peek("u").remaining == 50
-    short = colour.limiter(valkey.url, "short", Limit(100, 30), prefix=prefix, lease=50)
-    short.hit("u")
+    """An idle process gives its tokens back within some seconds, however long its window is."""
+    limit = Limit(100, 86_400, algorithm=algorithm)
+    limiter = colour.limiter(valkey.url, "api", limit, prefix=prefix, lease=50, deadline=5)
+    fresh = RateLimiter(valkey.url, "api", limit, prefix=prefix)
+    assert limiter.hit("u").allowed
+    assert fresh.peek("u").remaining == 50
+    assert limiter.peek("u").remaining == 99
     end = time.monotonic() + 20
-    while short.peek("u").remaining != 99 and time.monotonic() < end:
+    while fresh.peek("u").remaining != 99 and time.monotonic() < end:
         colour.sleep(0.05)
-    assert short.peek("u").remaining == 99
-    limiter.close()
+    assert fresh.peek("u").remaining == 99
 
 
 def test_a_forked_child_has_no_tokens(valkey: Any, prefix: str) -> None:
@@ -161,7 +165,7 @@ def test_a_forked_child_has_no_tokens(valkey: Any, prefix: str) -> None:
 
 _WAITER = """
     import json, sys, threading, time
-    from redishacks.ratelimit import Limit, RateLimiter
+    from redishacks.ratelimit import AsyncRateLimiter, Limit, RateLimiter
     url, prefix, *delays = sys.argv[1:]
     limit = Limit(50, 1, algorithm="gcra", burst=1)
     limiter = RateLimiter(url, "w", limit, prefix=prefix, deadline=5)
@@ -283,11 +287,9 @@ def test_a_killed_waiter_costs_its_own_turn(valkey: Any, prefix: str) -> None:
     limiter = RateLimiter(valkey.url, "w", limit, prefix=prefix, deadline=5)
     code = """
         import sys
-        from redishacks.ratelimit import Limit, RateLimiter
+        from redishacks.ratelimit import AsyncRateLimiter, Limit, RateLimiter
         limit = Limit(10, 1, algorithm="gcra", burst=1)
         limiter = RateLimiter(sys.argv[1], "w", limit, prefix=sys.argv[2], deadline=5)
-        for _ in range(20):
-            limiter.layout  # no turn before the line
         sys.stdin.readline()
         limiter.wait("k")
     """
@@ -355,6 +357,119 @@ def test_a_hung_server_costs_the_deadline_once(colour: Colour, private: Any, on_
     assert limiter.peek("u").remaining in (8, 9)
 
 
+def test_an_interrupted_turn_ends_as_it_was_interrupted(private: Any) -> None:
+    """A wait that is cancelled while Redis hangs ends in time, by its own error."""
+    limit = Limit(1, 60, algorithm="gcra")
+
+    async def main() -> None:
+        limiter = AsyncRateLimiter(private.url, "api", limit, deadline=0.2)
+        assert await limiter.wait("u")
+        waiting = asyncio.create_task(limiter.wait("u"))
+        await asyncio.sleep(0.2)
+        with private.paused():
+            waiting.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await waiting
+        assert waiting.cancelled()
+
+    asyncio.run(main())
+
+
+def test_a_loop_may_end_under_a_waiter(valkey: Any, prefix: str) -> None:
+    """Nothing is said on standard error of a waiter whose loop is closed."""
+    code = """
+        import asyncio, sys
+        from redishacks.ratelimit import AsyncRateLimiter, Limit
+        loop = asyncio.new_event_loop()
+        limit = Limit(1, 60, algorithm="gcra")
+        limiter = AsyncRateLimiter(sys.argv[1], "api", limit, prefix=sys.argv[2], deadline=5)
+        assert loop.run_until_complete(limiter.wait("u"))
+        waiting = loop.create_task(limiter.wait("u"))
+        loop.run_until_complete(asyncio.wait([waiting], timeout=0.3))
+        loop.close()
+    """
+    command = [sys.executable, "-c", textwrap.dedent(code), valkey.url, prefix]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    assert "GeneratorExit" not in done.stderr
+
+
+def test_a_reservation_while_redis_goes_away(colour: Colour, private: Any) -> None:
+    """What cannot be settled passes as `on_error` says; the body's own error is what is seen."""
+    for on_error in ("allow", "local", "deny"):
+        limiter = colour.limiter(
+            private.url, on_error, Limit(10, 60), on_error=on_error, deadline=0.1
+        )
+        with contextlib.ExitStack() as stack:
+            colour.reserve(limiter, "u", 2, 5, lambda: stack.enter_context(private.paused()))
+            assert limiter.counts().degraded >= 1
+    strict = colour.limiter(private.url, "strict", Limit(10, 60), deadline=0.1)
+    eventually(lambda: _answers(strict))
+    with contextlib.ExitStack() as stack, pytest.raises((UnavailableError, MaybeAppliedError)):
+        colour.reserve(strict, "u", 2, 5, lambda: stack.enter_context(private.paused()))
+    eventually(lambda: _answers(strict))
+    with contextlib.ExitStack() as stack, pytest.raises(KeyError):
+        colour.reserve(
+            strict, "u", 2, 5, lambda: stack.enter_context(private.paused()), KeyError("mine")
+        )
+
+
+def _answers(limiter: Any) -> bool:
+    try:
+        return bool(limiter.peek("u").source == "redis")
+    except UnavailableError:
+        return False
+
+
+def test_a_refund_that_was_not_sent_may_be_tried_again(colour: Colour, private: Any) -> None:
+    """Nothing was given back, so it still can be; without a round trip while the node is away."""
+    limiter = colour.limiter(private.url, "api", Limit(10, 60), deadline=0.1)
+    decision = limiter.hit("u", 4)
+    with private.paused():
+        with pytest.raises(MaybeAppliedError):
+            limiter.hit("u")
+        began = time.monotonic()
+        for _ in range(20):
+            with pytest.raises(UnavailableError):
+                limiter.refund(decision)
+            with pytest.raises(UnavailableError):
+                limiter.reset("u")
+            with pytest.raises(UnavailableError):
+                limiter.peek("u")
+        assert time.monotonic() - began < 1
+    eventually(lambda: colour.after(0.02, _answers, limiter))
+    assert limiter.refund(decision) == 4
+    assert limiter.refund(decision) == 0
+
+
+@pytest.mark.parametrize("kind", ["RateLimiter", "AsyncRateLimiter"])
+def test_garbage_limiters_leave_nothing_behind(private: Any, kind: str) -> None:
+    """Also where Redis is gone: no thread, no task, no log of what nobody would miss."""
+    code = """
+        import asyncio, gc, logging, sys, threading, time
+        from redishacks import ratelimit
+        logging.basicConfig(stream=sys.stdout)
+        Limiter, Limit = getattr(ratelimit, sys.argv[2]), ratelimit.Limit
+        async def main():
+            begun = len(asyncio.all_tasks())
+            for n in range(5):
+                limiter = Limiter(sys.argv[1], "api", Limit(1, 60), on_error="allow")
+                decision = limiter.hit("u")
+                if asyncio.iscoroutine(decision):
+                    decision = await decision
+                assert decision.degraded
+                del limiter, decision
+            end = time.monotonic() + 30
+            while len(asyncio.all_tasks()) > begun or threading.active_count() > 1:
+                assert time.monotonic() < end, (asyncio.all_tasks(), threading.enumerate())
+                await asyncio.sleep(0.05)
+                gc.collect()
+        asyncio.run(main())
+    """
+    private.kill()
+    command = [sys.executable, "-c", textwrap.dedent(code), private.url, kind]
+    subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+
+
 def test_a_refused_server_costs_next_to_nothing(colour: Colour, private: Any) -> None:
     """Nothing listens there: decided at once."""
     limiter = colour.limiter(private.url, "api", Limit(10, 60), on_error="allow")
@@ -380,7 +495,7 @@ def test_a_limit_is_shared_while_redis_is_away(private: Any) -> None:
     """Four processes that have seen each other take a quarter of the limit each."""
     code = """
         import json, sys, time
-        from redishacks.ratelimit import Limit, RateLimiter
+        from redishacks.ratelimit import AsyncRateLimiter, Limit, RateLimiter
         limiter = RateLimiter(sys.argv[1], "api", Limit(40, 600), on_error="local", deadline=0.3)
         limiter.hit("other")
         end = time.monotonic() + 30

@@ -207,6 +207,14 @@ class Limiter(ABC, Generic[T, S]):
             size = entry.next_size() if isinstance(entry, Lease) else 1
         return question.hit if size == 1 else self.layout.decide(question, "hit", size)
 
+    def leased(self, key: Keys) -> Lease | None:
+        """Return the lease of a key, if there is one with tokens that are good."""
+        if self._lease is None or type(key) not in _SIMPLE:
+            return None
+        entry = self._memory.entries.get(key)
+        good = isinstance(entry, Lease) and entry.pending() and not entry.due()
+        return entry if isinstance(entry, Lease) and good else None
+
     def _leasable(self, key: Keys, cost: Cost, limits: Limits, question: Question) -> bool:
         return (
             limits is None
@@ -378,12 +386,27 @@ class Limiter(ABC, Generic[T, S]):
                 decisions[at] = self.answered(keys[at], cost, limits, question, reply, since)
         return cast("list[Decision]", decisions)
 
+    def heavy_steps(
+        self, key: Keys, cost: Cost, limits: Limits, question: Question, lease: Lease
+    ) -> Steps[Decision]:
+        """Hit for more than a token: what is leased is given back first, in the same exchange."""
+        back = self.layout.refund(lease.question, *lease.give_back(lease.drain()))
+        since = monotonic()
+        outcomes = yield from ask_all([back, question.hit])
+        error = outcomes[1].error
+        if isinstance(error, AWAY):
+            return self.without(question, error)
+        return self.answered(key, cost, limits, question, outcomes[1].result(), since)
+
     def wait_steps(
         self, key: Keys, cost: Cost, timeout: Seconds | None, limits: Limits
     ) -> Steps[Decision]:
         """Hit when it is this one's turn, or not at all when that is beyond the timeout."""
         patience = _FOR_EVER if timeout is None else _patience(timeout)
         end = monotonic() + patience
+        remembered = self.recall(key, cost, limits)
+        if remembered is not None and remembered.allowed:
+            return remembered
         question = self.ask(key, cost, limits)
         while not isinstance(question, Decision):
             since = monotonic()
@@ -436,7 +459,13 @@ class Limiter(ABC, Generic[T, S]):
         except AWAY as error:
             return self.without(question, error, units=0)
         each = verdicts(question, reply)
-        return decided(self._shadow or all(verdict.allowed for verdict in each), each)
+        allowed = self._shadow or all(verdict.allowed for verdict in each)
+        lease = self.leased(key)
+        if lease is None or limits is not None:
+            return decided(allowed, each)
+        # A hit would spend a token, or have them all given back first.
+        own = lease.pending()
+        return with_more(decided(allowed or _most(cost) <= own, each), own)
 
     def settle_steps(
         self, key: Keys, limits: Limits, decision: Decision, more: int, *, failed: bool
@@ -510,6 +539,10 @@ def _size(lease: object) -> int | None:
     if isinstance(lease, bool) or not isinstance(lease, int) or lease < 2:
         raise UsageError(f'lease is "auto", an int from 2 or None, not {lease!r}')
     return lease
+
+
+def _most(cost: Cost) -> int:
+    return max(cost.values(), default=1) if isinstance(cost, Mapping) else cost
 
 
 def _worth_waiting(decision: Decision, end: float) -> bool:

@@ -46,11 +46,11 @@ class RateLimiter(Limiter[Transport, ThreadSender[Chores]]):
     """Limits how often something happens, over all processes.
 
     `client` is a `redis.Redis`, a Sentinel master, a `redis.RedisCluster`, a fakeredis client or a
-    URL; `name` tells this limiter's keys from others'. With several `limits` a hit passes when all
-    allow it, else none is charged. A `key` is a str, an int or bytes of up to 2,048 bytes; with a
-    mapping such as `{"user": "u1", "ip": "10.1.2.3"}` a limit counts the part of its `name`, one
-    without a name each part. On a cluster the keys of one decision share a slot: one key does, and
-    with `tag="name"` all keys of the limiter do.
+    URL; `name` tells this limiter's keys from others', `prefix` all of this library's. With several
+    `limits` a hit passes when all allow it, else none is charged. A `key` is a str, an int or bytes
+    of up to 2,048 bytes; with a mapping such as `{"user": "u1", "ip": "10.1.2.3"}` a limit counts
+    the part of its `name`, one without a name each part. On a cluster the keys of one decision
+    share a slot: one key does, and with `tag="name"` all keys of the limiter do.
 
     `deadline` bounds a question, in seconds. When Redis is away, `on_error` says what then:
     "raise" `UnavailableError` or, for a lost reply, `MaybeAppliedError`; "allow"; "deny"; or
@@ -58,11 +58,21 @@ class RateLimiter(Limiter[Transport, ThreadSender[Chores]]):
     that has never reached Redis takes `local_share` of it). After one failure nobody is asked
     again until a probe in the background, once a second, gets an answer.
 
-    `deny_cache` repeats a refusal from memory until its `retry_after`, at most `deny_max` seconds.
-    `shadow=True` counts and decides but never refuses. `near=(0.8, callback)` calls
-    `callback(key, decision)` when four fifths of a limit are used. Keys and networks in `deny` are
-    always refused, those in `allow` never. `ban` refuses everything for a while after too many
-    refusals. `on_command(name, node, seconds, error)` is called after every command.
+    `deny_cache` repeats a refusal from memory until its `retry_after`, at most `deny_max` seconds:
+    of a single key, and of the limiter's own limits.
+
+    `lease` takes so many tokens of such a key in one round trip and spends them in this process,
+    for hits that cost 1, of `window` and `fixed` limits; "auto" finds out how many, at most half
+    of what is left and 10,000. They are charged when they are taken, so never more than the limit
+    pass in all. Those that nobody spends are given back after some 5 seconds, at the end of their
+    sub-bucket, on `close()` and at exit. A process that is killed strands what is left of its last
+    lease of each key until that window has passed.
+
+    `shadow=True` counts and decides but never refuses, also when Redis is away.
+    `near=(0.8, callback)` calls `callback(key, decision)` when four fifths of a limit are used or
+    leased. Keys, addresses and networks in `deny` are always refused, those in `allow` never. `ban`
+    refuses everything for a while after too many refusals. `on_command(name, node, seconds, error)`
+    is called after every command.
     """
 
     def _connect(self, client: Any, on_command: Hook | None) -> Transport:
@@ -84,6 +94,10 @@ class RateLimiter(Limiter[Transport, ThreadSender[Chores]]):
         question = self.ask(key, cost, limits)
         if isinstance(question, Decision):
             return question
+        lease = self.leased(key)
+        if lease is not None:
+            steps = self.heavy_steps(key, cost, limits, question, lease)
+            return drive(steps, self.transport, self.deadline)
         since = monotonic()
         try:
             reply = self.transport.call(self.command(key, cost, limits, question), self.deadline)
@@ -156,12 +170,16 @@ class RateLimiter(Limiter[Transport, ThreadSender[Chores]]):
         return Passage(self, key, cost, limits)
 
     def limit(
-        self, key: Keys | Callable[..., Keys], cost: Cost | Callable[..., Cost] = 1
+        self,
+        key: Keys | Callable[..., Keys],
+        cost: Cost | Callable[..., Cost] = 1,
+        *,
+        limits: Limits | Callable[..., Limits] = None,
     ) -> Callable[[F], F]:
         """Return a decorator that hits before each call, and raises `RateLimitedError`.
 
-        `key` and `cost` may be functions of the call's arguments. An async function is hit for in a
-        thread; `AsyncRateLimiter` does without.
+        `key`, `cost` and `limits` may be functions of the call's arguments. An async function is
+        hit for in a thread; `AsyncRateLimiter` does without.
         """
 
         def decorate(function: F) -> F:
@@ -169,14 +187,14 @@ class RateLimiter(Limiter[Transport, ThreadSender[Chores]]):
 
                 @functools.wraps(function)
                 async def limited(*args: Any, **kwargs: Any) -> Any:
-                    hit = Passage(self, _made(key, args, kwargs), _made(cost, args, kwargs), None)
+                    hit = Passage(self, *_made((key, cost, limits), args, kwargs))
                     await asyncio.to_thread(hit.__enter__)
                     return await function(*args, **kwargs)
             else:
 
                 @functools.wraps(function)
                 def limited(*args: Any, **kwargs: Any) -> Any:
-                    with Passage(self, _made(key, args, kwargs), _made(cost, args, kwargs), None):
+                    with Passage(self, *_made((key, cost, limits), args, kwargs)):
                         return function(*args, **kwargs)
 
             return cast("F", limited)
@@ -201,6 +219,10 @@ class AsyncRateLimiter(Limiter[AsyncTransport, TaskSender[Chores]]):
         question = self.ask(key, cost, limits)
         if isinstance(question, Decision):
             return question
+        lease = self.leased(key)
+        if lease is not None:
+            steps = self.heavy_steps(key, cost, limits, question, lease)
+            return await drive_async(steps, self.transport, self.deadline)
         since = monotonic()
         try:
             reply = await self.transport.call(
@@ -258,7 +280,11 @@ class AsyncRateLimiter(Limiter[AsyncTransport, TaskSender[Chores]]):
         return AsyncPassage(self, key, cost, limits)
 
     def limit(
-        self, key: Keys | Callable[..., Keys], cost: Cost | Callable[..., Cost] = 1
+        self,
+        key: Keys | Callable[..., Keys],
+        cost: Cost | Callable[..., Cost] = 1,
+        *,
+        limits: Limits | Callable[..., Limits] = None,
     ) -> Callable[[F], F]:
         """Return a decorator for async functions that hits before each call, and raises."""
 
@@ -268,8 +294,7 @@ class AsyncRateLimiter(Limiter[AsyncTransport, TaskSender[Chores]]):
 
             @functools.wraps(function)
             async def limited(*args: Any, **kwargs: Any) -> Any:
-                passage = self(_made(key, args, kwargs), _made(cost, args, kwargs))
-                async with passage:
+                async with AsyncPassage(self, *_made((key, cost, limits), args, kwargs)):
                     return await function(*args, **kwargs)
 
             return cast("F", limited)
@@ -381,6 +406,9 @@ def passed(limiter: AnyLimiter, key: Keys, decision: Decision) -> Decision:
     return decision
 
 
-def _made(given: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Return a key or cost, or what a function makes of a call's arguments."""
-    return given(*args, **kwargs) if callable(given) else given
+def _made(
+    given: tuple[Any, Any, Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Keys, Cost, Limits]:
+    """Return key, cost and limits, or what functions make of a call's arguments."""
+    key, cost, limits = (each(*args, **kwargs) if callable(each) else each for each in given)
+    return key, cost, limits
