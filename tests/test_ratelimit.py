@@ -484,3 +484,209 @@ def test_the_near_hook(colour: Colour, url: str, prefix: str) -> None:
     for wrong in (0.8, (2, warn), (0.8, None), ("x", warn)):
         with pytest.raises(UsageError, match="near is"):
             RateLimiter(url, "api", Limit(5, 60), near=wrong)  # type: ignore[arg-type]
+
+
+# What users may do besides
+
+
+def own(limiter: Any) -> Any:
+    """Return the limiter itself, whatever its colour."""
+    return getattr(limiter, "target", limiter)
+
+
+def test_limits_may_be_set(colour: Colour, url: str, prefix: str) -> None:
+    """Other limits hold from the next hit on, for keys that were seen and refused as well."""
+    limiter = colour.limiter(url, "api", Limit(2, 60), prefix=prefix)
+    assert [limiter.hit("u").allowed for _ in range(4)] == [True, True, False, False]
+    own(limiter).limits = Limit(5, 60)
+    assert limiter.hit("u").remaining == 2
+    own(limiter).limits = [Limit(5, 60), Limit(1, 3600)]
+    assert [limiter.hit("u").allowed for _ in range(2)] == [True, False]
+    with pytest.raises(UsageError, match="a limit is a Limit"):
+        own(limiter).limits = 5
+
+
+def test_limits_of_a_decorated_function(url: str, prefix: str) -> None:
+    """Key, cost and limits may be made from the arguments of a call."""
+    limiter = RateLimiter(url, "api", Limit(1, 60), prefix=prefix)
+    plans = {"free": Limit(1, 3600), "paid": Limit(3, 3600)}
+
+    @limiter.limit(
+        key=lambda user, plan: user,
+        cost=lambda user, plan: 1,
+        limits=lambda user, plan: plans[plan],
+    )
+    def view(user: str, plan: str) -> str:
+        return f"{user} {plan}"
+
+    assert [view("u1", "paid") for _ in range(3)] == ["u1 paid"] * 3
+    for user, plan in (("u1", "paid"), ("u1", "free")):
+        with pytest.raises(RateLimitedError):
+            view(user, plan)
+    assert view("u2", "free") == "u2 free"
+
+
+@pytest.mark.parametrize(
+    ("make", "error"),
+    [
+        (lambda limiter: limiter.hit("u", True), "a cost is"),
+        (lambda limiter: limiter.hit("u", 1.0), "a cost is"),
+        (lambda limiter: limiter.hit("u", {"users": 5}), "none named 'users'"),
+        (lambda limiter: limiter.hit({1: "x"}), "parts of a key have names"),
+        (lambda limiter: limiter.hit("u", limits=5), "a limit is a Limit"),
+        (lambda limiter: limiter.hit("u", 10**30), "never allowed"),
+        (lambda limiter: limiter.reserve("u", 1).settle(2**53), "an actual cost is"),
+    ],
+)
+def test_what_a_hit_does_not_take(url: str, prefix: str, make: Any, error: str) -> None:
+    """It is refused by name, also for a key that was hit before."""
+    limiter = RateLimiter(url, "api", Limit(10, 60), prefix=prefix)
+    limiter.hit("u")
+    with pytest.raises(UsageError, match=error):
+        make(limiter)
+    assert limiter.peek("u").remaining == 9
+
+
+async def _never_awaited(key: object, decision: object) -> None:
+    """A hook that nobody could await."""
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        ({"ban": 5}, "ban is a Ban"),
+        ({"near": (0.8, _never_awaited)}, "not async"),
+        ({"allow": None}, "allow is a list"),
+        ({"deny": 5}, "deny is a list"),
+        ({"deny": "10.0.0.1"}, "deny is a list"),
+        ({"lease": 1}, "lease is"),
+    ],
+)
+def test_options_that_cannot_be(url: str, options: Any, error: str) -> None:
+    """They are refused when the limiter is made."""
+    with pytest.raises(UsageError, match=error):
+        RateLimiter(url, "api", Limit(10, 60), **options)
+
+
+@pytest.mark.parametrize("algorithm", ["gcra", "log"])
+def test_leases_are_not_for_every_algorithm(url: str, algorithm: str) -> None:
+    """What has no sub-buckets cannot be leased, and says so."""
+    with pytest.raises(UsageError, match=f"not for {algorithm}"):
+        RateLimiter(url, "api", Limit(10, 60, algorithm=algorithm), lease=5)
+
+
+def test_a_gcra_that_cannot_be_counted() -> None:
+    """A debt that would not be exact is refused; a limit of 0 is a limit."""
+    with pytest.raises(UsageError, match="a gcra cannot count a burst"):
+        Limit(2**52, 60, algorithm="gcra")
+    with pytest.raises(UsageError, match="a gcra cannot count a burst"):
+        Limit(1, 366 * 86_400, algorithm="gcra", burst=1_000)
+    assert Limit(0, 60, algorithm="gcra", strict=True).most == 1
+    assert str(Limit(5, 366 * 86_400)) == "5/31622400s"
+    assert str(Limit(5, 0.25)) == "5/0.25s"
+
+
+def test_many_keys_of_any_kind_of_collection(colour: Colour, url: str, prefix: str) -> None:
+    """A generator does as well."""
+    limiter = colour.limiter(url, "api", Limit(3, 60), prefix=prefix)
+    decisions = limiter.hit_many(f"u{n % 2}" for n in range(4))
+    assert [d.remaining for d in decisions] == [2, 2, 1, 1]
+
+
+def test_addresses_in_lists(url: str, prefix: str) -> None:
+    """An address is the same however it is written."""
+    deny = ["10.0.0.5", "2001:DB8::1", "10.1.0.0/16"]
+    limiter = RateLimiter(url, "api", Limit(3, 60), prefix=prefix, deny=deny)
+    for key in ("10.0.0.5", "::ffff:10.0.0.5", "2001:db8::1", "2001:db8:0::1", "10.1.2.3"):
+        assert not limiter.hit(key).allowed, key
+    with pytest.raises(RateLimitedError, match="lets nobody pass"), limiter("10.0.0.5"):
+        raise AssertionError
+    assert limiter.hit("10.0.0.50").allowed
+    assert limiter.counts().refused == 6
+
+
+# Headers
+
+
+def test_headers_stay_within_what_fields_can_say(url: str, prefix: str) -> None:
+    """Integers of 15 digits at most; a quota is no less than what is left of it."""
+    limiter = RateLimiter(url, "api", Limit(2 * 10**15, 60), prefix=prefix)
+    fields = limiter.hit("u").headers()
+    assert fields["RateLimit-Policy"].split(";")[1] == "q=999999999999999"
+    assert fields["RateLimit"].split(";")[1] == "r=999999999999999"
+    burst = Limit(10, 1, algorithm="gcra", burst=50)
+    fields = RateLimiter(url, "burst", burst, prefix=prefix).hit("u").headers(legacy=True)
+    assert "q=10;" in fields["RateLimit-Policy"]
+    assert "r=10;" in fields["RateLimit"]
+    assert (fields["X-RateLimit-Limit"], fields["X-RateLimit-Remaining"]) == ("10", "10")
+
+
+def test_a_refusal_names_one_time_to_come_again(url: str, prefix: str) -> None:
+    """No limit names a time that is later than `Retry-After`, unless it refuses as well."""
+    limiter = RateLimiter(url, "api", Limit(1, 2), Limit(500, 3600), prefix=prefix)
+    limiter.hit("u")
+    fields = limiter.hit("u").headers()
+    short, long = fields["RateLimit"].split(", ")
+    assert int(short.partition(";t=")[2]) <= int(fields["Retry-After"]) <= 3
+    assert ";t=" not in long
+
+
+def test_headers_of_leased_hits(url: str, prefix: str) -> None:
+    """What is left goes down hit by hit, in every field."""
+    limits = Limit(100, 600), Limit(1_000, 3600)
+    limiter = RateLimiter(url, "api", *limits, prefix=prefix, lease=10)
+    for n in range(1, 15):
+        decision = limiter.hit("u")
+        assert decision.source == ("lease" if n % 10 != 1 else "redis")
+        fields = decision.headers(legacy=True)
+        assert fields["X-RateLimit-Remaining"] == str(100 - n)
+        assert [part.split(";")[1] for part in fields["RateLimit"].split(", ")] == [
+            f"r={100 - n}",
+            f"r={1_000 - n}",
+        ]
+    limiter.close()
+
+
+def test_a_heavier_hit_gives_a_lease_back_first(colour: Colour, url: str, prefix: str) -> None:
+    """Tokens that this process holds are no reason to refuse it."""
+    limiter = colour.limiter(url, "api", Limit(100, 600), prefix=prefix, lease=100)
+    assert limiter.hit("u").remaining == 99
+    assert limiter.peek("u", 50).allowed
+    assert limiter.hit("u", 50).remaining == 49
+    assert limiter.hit("u", 50).allowed is False
+    assert sum(limiter.hit("u").allowed for _ in range(80)) == 49
+
+
+# Waiting
+
+
+def test_a_wait_that_ends_well_was_no_refusal(colour: Colour, url: str, prefix: str) -> None:
+    """Who waits for a place is not on the way to a ban, nor counted as refused."""
+    limiter = colour.limiter(url, "api", Limit(1, 0.3), prefix=prefix, ban=Ban(2, 60), deadline=5)
+    assert all(limiter.wait("u", timeout=30).allowed for _ in range(5))
+    assert limiter.counts().refused == 0
+    assert not limiter.wait("u", timeout=0).allowed
+    assert limiter.counts().refused == 1
+
+
+def test_who_gives_up_waiting_was_refused(colour: Colour, url: str, prefix: str) -> None:
+    """Bans hear of it."""
+    limiter = colour.limiter(
+        url, "api", Limit(1, 600), prefix=prefix, ban=Ban(2, 60), deny_cache=False
+    )
+    limiter.hit("u")
+    assert [limiter.wait("u", timeout=0).allowed for _ in range(2)] == [False, False]
+    limiter.close()
+    assert any(isinstance(verdict.limit, Ban) for verdict in limiter.peek("u").each)
+
+
+def test_what_a_turn_says_when_it_comes(colour: Colour, url: str, prefix: str) -> None:
+    """The figures are those of the moment when it passes, not of when it was taken."""
+    limit = Limit(2, 1, algorithm="gcra", burst=1)
+    limiter = colour.limiter(url, "api", limit, prefix=prefix, deadline=5)
+    limiter.hit("u")
+    decision = limiter.wait("u", timeout=30)
+    assert decision.allowed
+    assert decision.refused_by == ()
+    assert 0 <= decision.reset_after <= 0.51
+    assert decision.each[0].retry_after == 0
