@@ -19,7 +19,7 @@ from redishacks.ratelimit import (
     RateLimitedError,
     RateLimiter,
 )
-from tests.helpers import Colour, eventually
+from tests.helpers import Colour
 
 ALGORITHMS = ("window", "fixed", "gcra", "log")
 
@@ -213,14 +213,15 @@ def test_refund(colour: Colour, url: str, prefix: str, algorithm: str) -> None:
     limiter = colour.limiter(url, "api", Limit(10, 60, algorithm=algorithm), prefix=prefix)
     other = limiter.hit("u", 3)
     decision = limiter.hit("u", 5)
+    # Of a gcra, what has drained meanwhile is not given back: here parts of a millisecond.
+    less = {0, 1} if algorithm == "gcra" else {0}
     assert limiter.refund(decision, 2) == 2
-    assert limiter.peek("u").remaining == 4
+    assert 4 - limiter.peek("u").remaining in less
     assert limiter.refund(decision, 9) == 3
     assert limiter.refund(decision) == 0
-    assert limiter.peek("u").remaining == 7
+    assert 7 - limiter.peek("u").remaining in less
     assert limiter.refund(other) == 3
-    # Of a gcra, what had drained by then is not given back; here a few milliseconds.
-    assert eventually(lambda: limiter.peek("u").remaining == 10, 1.0)
+    assert 10 - limiter.peek("u").remaining in less
     assert limiter.refund(other) == 0
 
 

@@ -253,15 +253,13 @@ class Limiter(ABC, Generic[T, S]):
             decision = decided(True, each, charge=Charge(self, question, reply))
             if self._near is not None:
                 self._approach(key, decision)
-            if reply[1] > 1:
-                # What was taken in advance is still there for this process.
-                decision = with_more(decision, reply[1] - 1)
             if self._lease is not None and self._leasable(key, cost, limits, question):
                 left = min(_bucket_left(fields, reply[0]) for fields in question.fields)
                 # Since the question was sent: that was before the server looked at its clock.
                 until = since + left / 1e6 * SKEW
                 self._memory.put(key, Lease(question, decision, reply[1], until))
-            return decision
+            # What was taken in advance is still there for this process.
+            return decision if reply[1] == 1 else with_more(decision, reply[1] - 1)
         decision = decided(False, each)
         self._chores.refused.append(question)
         repeated = limits is None and type(key) in _SIMPLE and not self._shadow

@@ -103,8 +103,7 @@ class Lease:
         self.until = until
         self._charge = decision.charge
         self._limit = decision.limit
-        #: Left for everybody, when the tokens are spent.
-        self._remaining = (decision.remaining or 0) - (size - 1)
+        self._remaining = decision.remaining or 0
         self._reset_after = decision.reset_after
         self._each = decision.each
         # Taken one by one, by whatever thread.

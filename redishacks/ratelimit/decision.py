@@ -36,7 +36,7 @@ class Decision(NamedTuple):
     Exact when `source` is "redis". Otherwise nobody was asked: "lease" spent a token taken before,
     "deny" knows of a refusal a moment ago, "local" stands in for a Redis that is away, "list" is on
     an allow or deny list, "none" needed no question (no limit, a limit of 0). Tokens that this
-    process has leased count as left; `each` has the figures of the moment they were taken.
+    process has leased count as left; `each` has Redis's figures of the moment they were taken.
     """
 
     allowed: bool
@@ -89,8 +89,8 @@ class Decision(NamedTuple):
         """
         policies, states = [], []
         tight = self.tightest
-        # The tokens that were spent since a lease was taken.
-        spent = tight.remaining - (self.remaining or 0) if tight and self.source == "lease" else 0
+        # Tokens of a lease that are not spent yet; `each` says what Redis had left beside them.
+        own = (self.remaining or 0) - tight.remaining if tight and self.source == "lease" else 0
         for name, verdict in self.policies.items():
             limit = verdict.limit
             quota = min(limit.amount or 0, _LARGEST)
@@ -103,7 +103,7 @@ class Decision(NamedTuple):
             wait = verdict.next_after if self.allowed else verdict.retry_after
             told = wait is not None and (self.allowed or not verdict.allowed)
             after = f";t={math.ceil(wait or 0.0)}" if told else ""
-            left = max(0, min(verdict.remaining - spent, quota))
+            left = max(0, min(verdict.remaining + own, quota))
             states.append(f'"{name}";r={left}{after}')
         fields = {}
         if policies:
