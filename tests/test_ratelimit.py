@@ -19,7 +19,7 @@ from redishacks.ratelimit import (
     RateLimitedError,
     RateLimiter,
 )
-from tests.helpers import Colour
+from tests.helpers import Colour, eventually
 
 ALGORITHMS = ("window", "fixed", "gcra", "log")
 

@@ -129,8 +129,9 @@ class RateLimiter(Limiter[Transport, ThreadSender[Chores]]):
     def refund(self, decision: Decision, n: int | None = None) -> int:
         """Give back what a decision took, `n` of its cost or the rest; return how much.
 
-        At most what it took, and only while that still counts. One round trip; one whose reply is
-        lost is not repeated.
+        At most what it took, and only while that still counts: of a `gcra` less what has drained
+        since. One round trip; one whose reply is lost is not repeated. After a `reset` of the key
+        an earlier decision gives back what others took.
         """
         return drive(self.refund_steps(decision, n), self.transport, self.deadline)
 
