@@ -23,13 +23,13 @@ class Errands(ABC):
     def __init__(self) -> None:
         self.room = 0
         self.forked = False
-        #: Nothing may be kept for later.
-        self.closing = False
         self.reset()
 
     def reset(self) -> None:
         """Begin with nothing, as another process: at first, and in a forked child."""
         self.breaker = Breaker()
+        #: Nothing may be kept for later.
+        self.closing = False
         #: Why the last try has failed.
         self.error: RedisHacksError | None = None
 
