@@ -165,10 +165,13 @@ class Limiter(ABC, Generic[T, S]):
             return None
         return entry.answer(cost)
 
-    def ask(self, key: Keys, cost: Cost, limits: Limits) -> Question | Decision:
-        """Return the question to ask, or the decision when there is nothing to ask."""
+    def ask(self, key: Keys, cost: Cost, limits: Limits, units: int = 1) -> Question | Decision:
+        """Return the question to ask, or the decision when there is nothing to ask.
+
+        With 0 units it is only a look, and no refusal.
+        """
         if self._listed and (listed := self._by_list(key)) is not None:
-            return listed
+            return self._judged(listed, units)
         usual = limits is None and type(cost) is int and cost == 1 and type(key) in _SIMPLE
         question = self._ready.get(key) if usual else None
         if question is None:
@@ -178,14 +181,14 @@ class Limiter(ABC, Generic[T, S]):
                     self._ready.clear()
                 self._ready[key] = question
         if question.idle:
-            return self._judged(_unasked(question))
+            return self._judged(_unasked(question), units)
         if not self._background.somewhere():
             self._background.start()
         if self._chores.breaker:
             try:
                 self._chores.breaker.check(self._where(question))
             except UnavailableError as error:
-                return self.without(question, error)
+                return self.without(question, error, units)
         return question
 
     def _question(self, key: Keys, cost: Cost, limits: Limits) -> Question:
@@ -231,7 +234,7 @@ class Limiter(ABC, Generic[T, S]):
         values = key.values() if isinstance(key, Mapping) else (key,)
         raws = [_keys.id_bytes(value, "key") for value in values]
         if any(raw in self._deny for raw in raws):
-            return self._judged(Decision(False, None, None, None, 0.0, source="list"))
+            return Decision(False, None, None, None, 0.0, source="list")
         if any(raw in self._allow for raw in raws):
             return Decision(True, None, None, 0.0, 0.0, source="list")
         return None
@@ -270,15 +273,13 @@ class Limiter(ABC, Generic[T, S]):
             self._approach(key, decision)
         return self._judged(decision)
 
-    def _judged(self, decision: Decision) -> Decision:
-        """Count a refusal; in shadow mode let it pass."""
+    def _judged(self, decision: Decision, units: int = 1) -> Decision:
+        """Count a refusal, unless it is only a look; in shadow mode let it pass."""
         if decision.allowed:
             return decision
-        if self._shadow:
-            next(self._shadowed)
-            return decision._replace(allowed=True)
-        next(self._refused)
-        return decision
+        if units:
+            next(self._shadowed if self._shadow else self._refused)
+        return decision._replace(allowed=True) if self._shadow else decision
 
     def _approach(self, key: Keys, decision: Decision) -> None:
         """Call the near hook when a limit is nearly used up."""
@@ -300,14 +301,14 @@ class Limiter(ABC, Generic[T, S]):
         next(self._degraded)
         if self._on_error == "local":
             share = 1 / self._chores.processes if self._chores.processes else self._local_share
-            return self._judged(self._chores.local.decide(question, share, units))
+            return self._judged(self._chores.local.decide(question, share, units), units)
         allowed = self._on_error == "allow"
         each = tuple(
             Verdict(limit, part, allowed, 0, 0.0 if allowed else 1.0, 0.0, 0.0)
             for limit, part in question.rules
             if isinstance(limit, Limit)
         )
-        return self._judged(decided(allowed, each, "none", degraded=True))
+        return self._judged(decided(allowed, each, "none", degraded=True), units)
 
     @contextlib.contextmanager
     def _closing(self) -> Iterator[None]:
@@ -449,7 +450,7 @@ class Limiter(ABC, Generic[T, S]):
 
     def peek_steps(self, key: Keys, cost: Cost, limits: Limits) -> Steps[Decision]:
         """Say what a hit would say."""
-        question = self.ask(key, cost, limits)
+        question = self.ask(key, cost, limits, units=0)
         if isinstance(question, Decision):
             return question
         try:

@@ -184,7 +184,7 @@ class Memory:
 
     def put(self, key: object, entry: Denied | Lease) -> None:
         """Remember a refusal or a lease; without room a refusal is not, and a lease is returned."""
-        with self._putting:
+        with self._changing:
             old = self.entries.get(key)
             if old is not None:
                 self._replaced.append(old)
@@ -201,7 +201,7 @@ class Memory:
         #: Refusals repeated by entries that are gone.
         self._past = 0
         # Re-entrant: a signal handler may hit while its thread is in here.
-        self._putting = threading.RLock()
+        self._changing = threading.RLock()
 
     def waiting(self, *, everything: bool = False) -> int:
         """Return how much waits to be told or given back; with `everything` good tokens, too."""
@@ -216,41 +216,51 @@ class Memory:
     def sweep(self, *, everything: bool = False) -> list[tuple[Lease, int]]:
         """Forget what no longer holds; return leases with the tokens to be given back."""
         now = monotonic()
-        gone = [self._replaced.popleft() for _ in range(len(self._replaced))]
-        for key, entry in list(self.entries.items()):
-            if entry.until <= now or (isinstance(entry, Lease) and (everything or entry.idles())):
-                self.entries.pop(key, None)
-                gone.append(entry)
-        self._past += sum(entry.total() for entry in gone)
+        with self._changing:
+            gone = [self._replaced.popleft() for _ in range(len(self._replaced))]
+            for key, entry in list(self.entries.items()):
+                if entry.until <= now or (
+                    isinstance(entry, Lease) and (everything or entry.idles())
+                ):
+                    self._drop(key, entry)
+                    gone.append(entry)
+            self._past += sum(entry.total() for entry in gone)
         leases = [entry for entry in gone if isinstance(entry, Lease)]
         return [(lease, left) for lease in leases if (left := lease.drain())]
 
+    def _drop(self, key: object, entry: Denied | Lease) -> None:
+        """Forget an entry, and no other that has taken its place."""
+        if self.entries.get(key) is entry:
+            del self.entries[key]
+
     def repeated(self) -> int:
         """Return how many refusals were answered from memory."""
-        entries = [*self._replaced, *self.entries.values()]
-        return self._past + sum(entry.total() for entry in entries)
+        with self._changing:
+            entries = [*self._replaced, *self.entries.values()]
+            return self._past + sum(entry.total() for entry in entries)
 
     def forget_denials(self) -> None:
         """Forget all refusals: the limits are others now."""
-        for key, entry in list(self.entries.items()):
-            if isinstance(entry, Denied):
-                self.entries.pop(key, None)
-                self._replaced.append(entry)
+        with self._changing:
+            for key, entry in list(self.entries.items()):
+                if isinstance(entry, Denied):
+                    self._drop(key, entry)
+                    self._replaced.append(entry)
 
     def forget(self, question: Question, *, leases: bool = False) -> None:
         """Forget what a key was refused; with `leases` its tokens, too, which are not given back.
 
         The key may have been spelled as a str, as bytes or as an int.
         """
-        for key in _spellings(question.raw):
-            entry = self.entries.get(key)
-            if entry is None or (isinstance(entry, Lease) and not leases):
-                continue
-            self.entries.pop(key, None)
-            if isinstance(entry, Lease):
-                entry.drain()
-            else:
-                self._replaced.append(entry)
+        with self._changing:
+            for key in _spellings(question.raw):
+                entry = self.entries.get(key)
+                if isinstance(entry, Denied):
+                    self._drop(key, entry)
+                    self._replaced.append(entry)
+                elif entry is not None and leases:
+                    self._drop(key, entry)
+                    entry.drain()
 
 
 def _spellings(raw: bytes | None) -> list[str | bytes | int]:
