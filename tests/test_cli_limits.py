@@ -515,3 +515,14 @@ def test_a_stopped_redis(shell: Shell, command: tuple[str, ...]) -> None:
             done = stopped.run(command[0], "api", *command[1:])
             assert done.exit_code == 75
             assert time.monotonic() - began < 10
+
+
+def test_looking_shortens_no_ban(shell: Shell) -> None:
+    """However long a ban may last, it lasts as long after somebody has looked at it."""
+    limiter = shell.limiter(Limit(1, 60), ban=Ban(1, 60, lasting=86_400, longest=86_400))
+    limiter.hit("u1")
+    limiter.hit("u1")
+    assert "banned for 24 h" in shell.shown("status", "api", "u1")
+    banned = limiter.peek("u1").retry_after
+    assert banned is not None
+    assert banned > 86_000

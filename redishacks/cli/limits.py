@@ -23,7 +23,7 @@ T = TypeVar("T")
 _DEADLINE = 1.0
 
 #: It never takes effect by itself: it lets us see, and end, the bans that others have made.
-_NO_BAN = Ban(2**53 - 1, 1)
+_NO_BAN = Ban(2**53 - 1, 1, longest=366 * 86_400)
 
 
 class _Of(NamedTuple):
