@@ -202,7 +202,7 @@ class Limiter(ABC, Generic[T, S]):
         self, key: Keys, cost: Cost, limits: Limits, question: Question
     ) -> Command[list[int]]:
         """Return what to say for a hit, which may take tokens in advance."""
-        if self._lease is None or not self._leasable(key, cost, limits, question):
+        if self._lease is None or not self._leasable(key, cost, limits):
             return question.hit
         size = self._lease
         if size == _AUTO:
@@ -218,14 +218,8 @@ class Limiter(ABC, Generic[T, S]):
         good = isinstance(entry, Lease) and entry.pending() and not entry.due()
         return entry if isinstance(entry, Lease) and good else None
 
-    def _leasable(self, key: Keys, cost: Cost, limits: Limits, question: Question) -> bool:
-        return (
-            limits is None
-            and type(cost) is int
-            and cost == 1
-            and type(key) in _SIMPLE
-            and all(fields[0] in "wfb" for fields in question.fields)
-        )
+    def _leasable(self, key: Keys, cost: Cost, limits: Limits) -> bool:
+        return limits is None and type(cost) is int and cost == 1 and type(key) in _SIMPLE
 
     def _where(self, question: Question) -> str:
         return str(self.transport.where(question.hit))
@@ -256,7 +250,7 @@ class Limiter(ABC, Generic[T, S]):
             decision = decided(True, each, charge=Charge(self, question, reply))
             if self._near is not None:
                 self._approach(key, decision)
-            if self._lease is not None and self._leasable(key, cost, limits, question):
+            if self._lease is not None and self._leasable(key, cost, limits):
                 left = min(_bucket_left(fields, reply[0]) for fields in question.fields)
                 # Since the question was sent: that was before the server looked at its clock.
                 until = since + left / 1e6 * SKEW

@@ -62,7 +62,7 @@ class LocalLimits:
         total = sum(each for _, each in entries)
         wait, left = 0.0, total
         for end, each in entries:
-            if left == 0 or left + cost <= room:
+            if left + cost <= room:
                 break
             left -= each
             wait = end - now

@@ -138,8 +138,8 @@ class RateLimiter(Limiter[Transport, ThreadSender[Chores]]):
     def reset(self, key: Keys, *, limits: Limits = None) -> None:
         """Forget all that a key has used, and its bans. One round trip.
 
-        Other processes remember a refusal for up to `deny_max`, and may still spend tokens that
-        they have leased.
+        Other processes remember a refusal for up to `deny_max`, and may still spend, or give back,
+        tokens that they have leased.
         """
         drive(self.reset_steps(key, limits), self.transport, self.deadline)
 
