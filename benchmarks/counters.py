@@ -113,9 +113,9 @@ def flushing(url: str, dsn: str) -> list[Row]:
         runs = {
             "ours": _end_to_end(counter, job, ids),
             "bare": _bare(db, mode, ids),
-            "talk": _talk(url, db, ids[:20_000]),
+            "talk": _talk(url, db, ids[:5_000]),
         }
-        figures = _timed(runs, rounds=5)
+        figures = _timed(runs, rounds=11)
         rows.append(ratio_row(f"flush of 100,000 ids, {mode}, rows", figures, "ours", "talk", 10))
         rows.append(
             ratio_row(f"flush of 100,000 ids, {mode}, bare SQL", figures, "ours", "bare", 0.75)

@@ -29,6 +29,7 @@ _MOST = 10_000
 _WHOLE = re.compile(r"0|-?[1-9][0-9]*")
 #: Sweeps, one a second, after which a lease is given back that nobody spends from.
 _IDLE = 5
+_new = tuple.__new__
 #: Tokens of a lease, when its size is found out.
 _LARGEST = 10_000
 
@@ -91,8 +92,8 @@ class Lease:
     """Tokens that are charged already: each is spent by one hit, until the time is up."""
 
     __slots__ = (
-        "_charge", "_each", "_idle", "_left", "_limit", "_remaining", "_reset_after", "_tokens",
-        "question", "size", "until",
+        "_charge", "_each", "_idle", "_left", "_limit", "_limiter", "_remaining", "_reply",
+        "_reset_after", "_tokens", "question", "size", "until",
     )  # fmt: skip
 
     def __init__(self, question: Question, decision: Decision, size: int, until: float) -> None:
@@ -102,6 +103,8 @@ class Lease:
         self.size = size
         self.until = until
         self._charge = decision.charge
+        self._limiter = decision.charge.limiter
+        self._reply = decision.charge.reply
         self._limit = decision.limit
         self._remaining = decision.remaining or 0
         self._reset_after = decision.reset_after
@@ -118,18 +121,15 @@ class Lease:
         left = next(self._tokens, None)
         if left is None:
             return None
-        charge = self._charge
-        return Decision(
-            True,
-            self._limit,
-            self._remaining + left,
-            0.0,
-            self._reset_after,
-            self._each,
-            "lease",
-            False,
-            Charge(charge.limiter, charge.question, charge.reply),
-        )
+        charge = Charge(self._limiter, self.question, self._reply)
+        # As Decision(...), without its detour through Python.
+        return _new(
+            Decision,
+            (
+                True, self._limit, self._remaining + left, 0.0, self._reset_after, self._each,
+                "lease", False, charge,
+            ),
+        )  # fmt: skip
 
     def next_size(self) -> int:
         """Return how many tokens to take next, now that these do not answer any more.
