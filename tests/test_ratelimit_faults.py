@@ -441,6 +441,21 @@ def test_a_refund_that_was_not_sent_may_be_tried_again(colour: Colour, private: 
     assert limiter.refund(decision) == 0
 
 
+@pytest.mark.parametrize("on_error", ["raise", "allow", "deny", "local"])
+def test_closing_while_redis_is_away(colour: Colour, private: Any, on_error: str) -> None:
+    """What was to be told is lost; that is an error only where errors are wanted."""
+    limiter = colour.limiter(
+        private.url, "api", Limit(10, 60), on_error=on_error, lease=5, deadline=0.2
+    )
+    limiter.hit("u")
+    private.kill()
+    if on_error == "raise":
+        with pytest.raises(UnavailableError):
+            limiter.close()
+    else:
+        limiter.close()
+
+
 @pytest.mark.parametrize("kind", ["RateLimiter", "AsyncRateLimiter"])
 def test_garbage_limiters_leave_nothing_behind(private: Any, kind: str) -> None:
     """Also where Redis is gone: no thread, no task, no log of what nobody would miss."""

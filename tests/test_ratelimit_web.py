@@ -407,6 +407,31 @@ def test_an_answer_of_ones_own(either: str, url: str, prefix: str) -> None:
     assert [(path, decision.allowed) for path, decision in told] == [("/p", False)] * 2
 
 
+def test_a_user_with_a_very_long_name(url: str, prefix: str) -> None:
+    """Who sends a name that no key can hold is limited like anybody."""
+    limiter = RateLimiter(url, "web", Limit(1, 60), prefix=prefix)
+    name = by_user(lambda request: request["user"])
+    for user in ("é" * 5_000, "x" * 2_044, "\udcff" * 3_000):
+        key = name({"user": user})
+        assert key is not None
+        assert [limiter.hit(key).allowed for _ in range(2)] == [True, False]
+    assert name({"user": "u" * 5_000}) != name({"user": "u" * 5_001})
+    assert name({"user": "short"}) == "user:short"
+
+
+def test_refusals_without_redis_are_logged_now_and_then(
+    caplog: pytest.LogCaptureFixture, prefix: str
+) -> None:
+    """A flood of requests is no flood of warnings."""
+    limiter = RateLimiter("redis://127.0.0.1:1", "web", Limit(1, 60), prefix=prefix)
+    app = WSGIRateLimit(_hello, limiter)
+    for _ in range(50):
+        status, _, _ = called(app, REMOTE_ADDR="10.0.0.1")
+        assert status.startswith("503")
+    told = [record for record in caplog.records if "rate limits are unknown" in record.message]
+    assert len(told) == 1
+
+
 @pytest.mark.parametrize("on_error", ["deny", "raise", "allow", "local"])
 def test_without_redis(either: str, prefix: str, on_error: str) -> None:
     """Redis is away: 503 and come again soon, or let pass without figures; later all is as ever."""
