@@ -2056,12 +2056,13 @@ def test_an_exception_of_a_signal_handler_breaks_no_sink(
             sink.create_ledger()
             pause = random.Random(1)
             for n in range(60):
-                signal.setitimer(signal.ITIMER_REAL, pause.uniform(0.0001, 0.004))
                 with contextlib.suppress(InterruptedError, UnavailableError, ServerError):
+                    signal.setitimer(signal.ITIMER_REAL, pause.uniform(0.0001, 0.004))
                     begun = sink.begin(SUM)
                     sink.apply(chunk_of(b"/a", 1, begun, batch=f"b{n}"))
                     time.sleep(0.01)
-                signal.setitimer(signal.ITIMER_REAL, 0)
+                with contextlib.suppress(InterruptedError):  # an error may have come before it
+                    signal.setitimer(signal.ITIMER_REAL, 0)
             begun = sink.begin(SUM)
             assert sink.apply(chunk_of(b"/b", 7, begun, batch="last")).status == Status.APPLIED
             sink.close()
