@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import pytest
 
 from redishacks.testing import Cluster, FaultProxy, Postgres, Server, servers_available
+from tests.helpers import Colour
 
 
 def pytest_report_header() -> list[str]:
@@ -63,3 +64,11 @@ def flavour(request: pytest.FixtureRequest) -> str:
     """Run a behaviour once in sync and once in async code."""
     flavour: str = request.param
     return flavour
+
+
+@pytest.fixture
+def colour(flavour: str) -> Iterator[Colour]:
+    """Both colours, with one test body."""
+    made = Colour(flavour)
+    yield made
+    made.close()

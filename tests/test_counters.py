@@ -18,14 +18,6 @@ from tests.helpers import Colour
 NOW = dt.datetime(2026, 5, 17, 10, 5, 3, 123456, tzinfo=dt.UTC)
 
 
-@pytest.fixture(params=["sync", "async"])
-def colour(request: pytest.FixtureRequest) -> Iterator[Colour]:
-    """Both colours, with one test body."""
-    made = Colour(request.param)
-    yield made
-    made.close()
-
-
 @pytest.fixture(params=[2, 3], ids=["resp2", "resp3"])
 def client(request: pytest.FixtureRequest, colour: Colour, valkey: Any) -> Iterator[Any]:
     """A client of either protocol."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import fakeredis
@@ -17,14 +17,6 @@ from redishacks.counters import AsyncBufferedCounter, BufferedCounter, FlushJob
 from redishacks.errors import UnavailableError
 from redishacks.testing import serve, servers_available, valkey_sentinel, valkey_server
 from tests.helpers import Colour, MemorySink, eventually
-
-
-@pytest.fixture(params=["sync", "async"])
-def colour(request: pytest.FixtureRequest) -> Iterator[Colour]:
-    """Both colours, with one test body."""
-    made = Colour(request.param)
-    yield made
-    made.close()
 
 
 def story(colour: Colour, make: Callable[[], Any], prefix: str, partitions: int = 1) -> None:

@@ -19,14 +19,6 @@ IDS = {f"/{i}": i + 1 for i in range(7)}
 CHUNK = 3
 
 
-@pytest.fixture
-def colour(flavour: str) -> Iterator[Colour]:
-    """Both colours, with one test body."""
-    made = Colour(flavour)
-    yield made
-    made.close()
-
-
 @pytest.fixture(params=["postgres", "sqlite"])
 def databases(request: pytest.FixtureRequest, tmp_path: Any) -> Iterator[tuple[Database, Database]]:
     """Two databases that have everything alike but the ledger."""

@@ -12,7 +12,6 @@ import textwrap
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -28,14 +27,6 @@ from redishacks.errors import (
 )
 from redishacks.testing import FaultProxy, valkey_server
 from tests.helpers import Colour, eventually
-
-
-@pytest.fixture(params=["sync", "async"])
-def colour(request: pytest.FixtureRequest) -> Iterator[Colour]:
-    """Both colours, with one test body."""
-    made = Colour(request.param)
-    yield made
-    made.close()
 
 
 def total(url: str, prefix: str, column: str = "amount", name: str = "hits") -> int:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import pickle
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -22,14 +21,6 @@ from redishacks.ratelimit import (
 from tests.helpers import Colour, eventually
 
 ALGORITHMS = ("window", "fixed", "gcra", "log")
-
-
-@pytest.fixture
-def colour(flavour: str) -> Iterator[Colour]:
-    """Both colours, with one test body."""
-    made = Colour(flavour)
-    yield made
-    made.close()
 
 
 @pytest.fixture

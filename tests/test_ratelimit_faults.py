@@ -31,14 +31,6 @@ pytestmark = pytest.mark.slow
 ALGORITHMS = ("window", "fixed", "gcra", "log")
 
 
-@pytest.fixture
-def colour(flavour: str) -> Iterator[Colour]:
-    """Both colours, with one test body."""
-    made = Colour(flavour)
-    yield made
-    made.close()
-
-
 def processes(count: int, code: str, *args: str) -> list[subprocess.Popen[str]]:
     """Start processes that all run the same code."""
     command = [sys.executable, "-c", textwrap.dedent(code), *args]

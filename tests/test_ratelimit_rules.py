@@ -8,6 +8,7 @@ from fractions import Fraction
 from typing import Any
 
 import pytest
+import redis
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -28,6 +29,7 @@ class Server:
         self.limits = limits
         self.ban = ban
         self.transport = connect(url)
+        self.client = redis.Redis.from_url(url)
 
     def question(self, cost: int = 1, key: str = "k") -> Question:
         """Return the question for a hit."""
@@ -36,15 +38,16 @@ class Server:
     def ask(self, verb: Any, now: int, cost: int = 1, most: int = 1) -> list[int]:
         """Ask at a moment of our choice: now, units, and four figures per limit.
 
-        States stay: the server would forget them by its own clock.
+        States stay: the server, whose own clock stands still in a transaction, would forget them.
         """
         command = self.layout.decide(self.question(cost), verb, most)
-        command = command._replace(args=(*command.args, str(now)))
-        stay: list[Command[Any]] = [
-            Command(("PEXPIRE", key, "1000000000"), (key,)) for key in command.keys
-        ]
-        outcomes = self.transport.run([command, *stay], 5.0)
-        reply: list[int] = outcomes[0].result()
+        assert command.script is not None
+        with self.client.pipeline(transaction=True) as pipe:
+            arguments = (*command.keys, *command.args, str(now))
+            pipe.eval(command.script.source.decode(), len(command.keys), *arguments)
+            for key in command.keys:
+                pipe.pexpire(key, 1_000_000_000)
+            reply: list[int] = pipe.execute()[0]
         return reply
 
 
@@ -106,7 +109,7 @@ LIMITS = st.one_of(
     st.builds(
         Limit,
         st.integers(1, 12),
-        st.sampled_from([0.05, 1, 7, 60]),
+        st.sampled_from([0.001, 0.05, 1, 7, 60]),
         precision=st.sampled_from([None]),
     ),
     st.builds(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import itertools
 import logging
@@ -34,8 +35,13 @@ Keys = Key | Mapping[str, Key]
 Cost = int | Mapping[str, int]
 Limits = Limit | Sequence[Limit] | None
 Near = tuple[float, Callable[[Keys, Decision], object]]
+#: Key, cost and limits, or functions of a call's arguments that return them.
+Given = tuple[
+    Keys | Callable[..., Keys], Cost | Callable[..., Cost], Limits | Callable[..., Limits]
+]
 
 T = TypeVar("T", bound=Transport | AsyncTransport)
+F = TypeVar("F", bound=Callable[..., Any])
 R = TypeVar("R")
 S = TypeVar("S", bound=ThreadSender[Chores] | TaskSender[Chores])
 
@@ -148,6 +154,29 @@ class Limiter(ABC, Generic[T, S]):
         strange = [limit for limit in self._limits if limit.algorithm in ("gcra", "log")]
         if self._lease is not None and strange:
             raise UsageError(f"lease is for window and fixed, not for {strange[0].algorithm}")
+
+    def limit(
+        self,
+        key: Keys | Callable[..., Keys],
+        cost: Cost | Callable[..., Cost] = 1,
+        *,
+        limits: Limits | Callable[..., Limits] = None,
+    ) -> Callable[[F], F]:
+        """Return a decorator that hits before each call, and raises `RateLimitedError`.
+
+        `key`, `cost` and `limits` may be functions of the call's arguments. A `RateLimiter` hits
+        for an async function in a thread; `AsyncRateLimiter` does without, and takes no other.
+        """
+
+        def decorate(function: F) -> F:
+            limited = self._limited(function, (key, cost, limits))
+            return cast("F", functools.wraps(function)(limited))
+
+        return decorate
+
+    @abstractmethod
+    def _limited(self, function: Callable[..., Any], given: Given) -> Callable[..., Any]:
+        """Return a function that hits first."""
 
     def counts(self) -> Counts:
         """Return how often this process refused, would have, or decided without Redis."""
@@ -485,6 +514,12 @@ AnyLimiter = Limiter[Any, Any]
 
 
 # Values
+
+
+def made(given: Given, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Keys, Cost, Limits]:
+    """Return key, cost and limits, or what functions make of a call's arguments."""
+    key, cost, limits = (each(*args, **kwargs) if callable(each) else each for each in given)
+    return cast("tuple[Keys, Cost, Limits]", (key, cost, limits))
 
 
 def _limits(given: Limit | Sequence[Limit]) -> tuple[Limit, ...]:

@@ -15,11 +15,10 @@ refund elsewhere is seen that late.
 from __future__ import annotations
 
 import asyncio
-import functools
 import inspect
 from collections.abc import Callable, Sequence
 from time import monotonic
-from typing import Any, TypeVar, cast
+from typing import Any
 
 from redishacks._command import Steps
 from redishacks._drive import AsyncTransport, Transport, drive, drive_async
@@ -32,14 +31,14 @@ from redishacks.ratelimit._core import (
     AWAY,
     AnyLimiter,
     Cost,
+    Given,
     Keys,
     Limiter,
     Limits,
+    made,
     top_steps,
 )
 from redishacks.ratelimit.decision import Decision, RateLimitedError
-
-F = TypeVar("F", bound=Callable[..., Any])
 
 
 class RateLimiter(Limiter[Transport, ThreadSender[Chores]]):
@@ -170,37 +169,16 @@ class RateLimiter(Limiter[Transport, ThreadSender[Chores]]):
         """Return a context manager that hits on entry, and raises `RateLimitedError`."""
         return Passage(self, key, cost, limits)
 
-    def limit(
-        self,
-        key: Keys | Callable[..., Keys],
-        cost: Cost | Callable[..., Cost] = 1,
-        *,
-        limits: Limits | Callable[..., Limits] = None,
-    ) -> Callable[[F], F]:
-        """Return a decorator that hits before each call, and raises `RateLimitedError`.
+    def _limited(self, function: Callable[..., Any], given: Given) -> Callable[..., Any]:
+        async def in_a_thread(*args: Any, **kwargs: Any) -> Any:
+            await asyncio.to_thread(Passage(self, *made(given, args, kwargs)).__enter__)
+            return await function(*args, **kwargs)
 
-        `key`, `cost` and `limits` may be functions of the call's arguments. An async function is
-        hit for in a thread; `AsyncRateLimiter` does without.
-        """
+        def limited(*args: Any, **kwargs: Any) -> Any:
+            with Passage(self, *made(given, args, kwargs)):
+                return function(*args, **kwargs)
 
-        def decorate(function: F) -> F:
-            if inspect.iscoroutinefunction(function):
-
-                @functools.wraps(function)
-                async def limited(*args: Any, **kwargs: Any) -> Any:
-                    hit = Passage(self, *_made((key, cost, limits), args, kwargs))
-                    await asyncio.to_thread(hit.__enter__)
-                    return await function(*args, **kwargs)
-            else:
-
-                @functools.wraps(function)
-                def limited(*args: Any, **kwargs: Any) -> Any:
-                    with Passage(self, *_made((key, cost, limits), args, kwargs)):
-                        return function(*args, **kwargs)
-
-            return cast("F", limited)
-
-        return decorate
+        return in_a_thread if inspect.iscoroutinefunction(function) else limited
 
 
 class AsyncRateLimiter(Limiter[AsyncTransport, TaskSender[Chores]]):
@@ -280,27 +258,15 @@ class AsyncRateLimiter(Limiter[AsyncTransport, TaskSender[Chores]]):
         """Return an async context manager that hits on entry, and raises `RateLimitedError`."""
         return AsyncPassage(self, key, cost, limits)
 
-    def limit(
-        self,
-        key: Keys | Callable[..., Keys],
-        cost: Cost | Callable[..., Cost] = 1,
-        *,
-        limits: Limits | Callable[..., Limits] = None,
-    ) -> Callable[[F], F]:
-        """Return a decorator for async functions that hits before each call, and raises."""
+    def _limited(self, function: Callable[..., Any], given: Given) -> Callable[..., Any]:
+        if not inspect.iscoroutinefunction(function):
+            raise UsageError(f"{function!r} is not async: use RateLimiter for it")
 
-        def decorate(function: F) -> F:
-            if not inspect.iscoroutinefunction(function):
-                raise UsageError(f"{function!r} is not async: use RateLimiter for it")
+        async def limited(*args: Any, **kwargs: Any) -> Any:
+            async with AsyncPassage(self, *made(given, args, kwargs)):
+                return await function(*args, **kwargs)
 
-            @functools.wraps(function)
-            async def limited(*args: Any, **kwargs: Any) -> Any:
-                async with AsyncPassage(self, *_made((key, cost, limits), args, kwargs)):
-                    return await function(*args, **kwargs)
-
-            return cast("F", limited)
-
-        return decorate
+        return limited
 
 
 # In and out
@@ -405,11 +371,3 @@ def passed(limiter: AnyLimiter, key: Keys, decision: Decision) -> Decision:
     if not decision.allowed:
         raise RateLimitedError(decision, limiter.name, key)
     return decision
-
-
-def _made(
-    given: tuple[Any, Any, Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[Keys, Cost, Limits]:
-    """Return key, cost and limits, or what functions make of a call's arguments."""
-    key, cost, limits = (each(*args, **kwargs) if callable(each) else each for each in given)
-    return key, cost, limits
