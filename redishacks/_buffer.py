@@ -128,6 +128,10 @@ class Buffer:
         """Return whether the next hit needs `make_room()` first."""
         return len(self.ones) + len(self.others) >= self.room
 
+    def pause(self, linger: float) -> float:
+        """Return seconds until the next send."""
+        return linger
+
     def last(self) -> None:
         """Hear that what is sent next is the last: nothing is ever kept for later."""
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import re
 from collections.abc import Callable, Generator, Sequence
 from importlib import resources
 from typing import Any, Generic, NamedTuple, TypeAlias, TypeVar
@@ -17,6 +18,8 @@ T = TypeVar("T")
 
 #: No numbers: the packer runs signal handlers while it formats one, and crashes if one raises.
 Arg: TypeAlias = bytes | str
+
+_INCLUDE = re.compile(rb"^--@ include (\w+)$", re.MULTILINE)
 
 
 class Script(NamedTuple):
@@ -29,11 +32,15 @@ class Script(NamedTuple):
 
 @functools.cache
 def script(name: str) -> Script:
-    """Load `lua/<name>.lua`; its header says the call form, the keys and the reply."""
+    """Load `lua/<name>.lua`; its header says the call form, the keys and the reply.
+
+    A line `--@ include other` stands for all that is in `lua/other.lua`.
+    """
     folder = resources.files("redishacks").joinpath("lua")
-    source = folder.joinpath(f"{name}.lua").read_bytes()
-    if b"struct." in source:
-        source = folder.joinpath("struct.lua").read_bytes() + source
+    source = _INCLUDE.sub(
+        lambda found: folder.joinpath(f"{found[1].decode()}.lua").read_bytes(),
+        folder.joinpath(f"{name}.lua").read_bytes(),
+    )
     return Script(name, source, hashlib.sha1(source, usedforsecurity=False).hexdigest().encode())
 
 

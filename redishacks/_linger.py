@@ -58,6 +58,9 @@ class Outgoing(Protocol):
     def send(self) -> Steps[None]:
         """Send what is held; raises when it could not."""
 
+    def pause(self, linger: float) -> float | None:
+        """Return seconds until the next send; None when none will be due until a new start."""
+
     def last(self) -> None:
         """Hear that what is sent next is the last: nothing may be kept for later."""
 
@@ -87,6 +90,7 @@ class _Sender(ABC, Generic[B]):
 
     def _begin(self) -> None:
         """See that hits are sent at exit, whoever still holds the counter then."""
+        self._pause = self.buffer.pause(self._linger) or 0.0
         if _registry.hold(self):
             self.closed = True
 
@@ -112,10 +116,12 @@ class _Sender(ABC, Generic[B]):
     def _judge(self, error: Exception | None) -> bool:
         """Take note of a send of the background; return whether to go on."""
         if error is None:
-            self._pause = self._linger
-            if self._abandoned:
+            pause = self.buffer.pause(self._linger)
+            if self._abandoned or pause is None:
                 self._end()
-            return not self._abandoned
+                return False
+            self._pause = pause
+            return True
         self._pause = min(max(2 * self._pause, PAUSES[0]), max(PAUSES[1], self._linger))
         _log.warning(
             "%s could not be sent, will try again: %s",
@@ -182,7 +188,7 @@ class ThreadSender(_Sender[B]):
             self.start()
         end = time.monotonic() + self._deadline
         while not self._has_room(buffer):
-            self._nudge()
+            self.nudge()
             self._wait_longer(end)
             time.sleep(0.001)
 
@@ -207,7 +213,8 @@ class ThreadSender(_Sender[B]):
         except RuntimeError:  # the interpreter is exiting: exit() will send
             self._thread = None
 
-    def _nudge(self) -> None:
+    def nudge(self) -> None:
+        """Have it send now, and ask anew when the next send is due."""
         with contextlib.suppress(RuntimeError):
             self._wake.release()
 
@@ -221,6 +228,11 @@ class ThreadSender(_Sender[B]):
                 going = self._judge(None)
             except Exception as error:
                 going = self._judge(error)
+        if not self._abandoned and not self.closed and self._thread is threading.current_thread():
+            self._thread = None
+            # Somebody may have found the thread running a moment ago.
+            if self.buffer.pause(self._linger) is not None:
+                self.start()
 
     def send(self) -> None:
         """Send all that is buffered now; raises when it could not, and keeps it."""
@@ -254,7 +266,7 @@ class ThreadSender(_Sender[B]):
 
     def _finish(self) -> None:
         self._shut()
-        self._nudge()
+        self.nudge()
         end = time.monotonic() + self._deadline
         while self.buffer.held():
             try:
@@ -270,7 +282,7 @@ class ThreadSender(_Sender[B]):
         self._abandoned = True
         self.buffer.last()
         self._end()
-        self._nudge()
+        self.nudge()
 
 
 class TaskSender(_Sender[B]):
@@ -326,6 +338,10 @@ class TaskSender(_Sender[B]):
         self._begin()
         if not self.closed:
             self._task = loop.create_task(self._work(), name="redishacks-linger")
+
+    def nudge(self) -> None:
+        """Have it send now, and ask anew when the next send is due."""
+        self._wake.set()
 
     async def _work(self) -> None:
         going = True

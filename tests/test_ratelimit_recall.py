@@ -19,10 +19,10 @@ from typing import Any
 
 import pytest
 
+from redishacks._breaker import Breaker
 from redishacks._command import Ask, Command, Outcome
 from redishacks.errors import UnavailableError, UsageError
 from redishacks.ratelimit import AsyncRateLimiter, Ban, CostError, Decision, Limit, RateLimiter
-from redishacks.ratelimit._breaker import Breaker
 from redishacks.ratelimit._chores import HEARTBEAT, Chores
 from redishacks.ratelimit._fallback import LocalLimits
 from redishacks.ratelimit._recall import Denied, Lease, Memory

@@ -21,8 +21,8 @@ of one command share a slot, and a command without keys goes to any primary.
 
 The modules, from the ground up: `_wire` packs and parses; `_cluster` maps slots; `_decide` holds
 every rule about what to do next; `_settings`, `_sentinel`, `_tls` and `_socket` say how to connect;
-`_link`, `_async_link` and `_foreign` are connections; `_sync` and `_async` use them; `_observe`
-tells a hook; `_registry` holds one transport per client.
+`_link`, `_async_link` and `_foreign` are connections; `_sync` and `_async` use them; `_listener`
+hears what is published; `_observe` tells a hook; `_registry` holds one transport per client.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ from typing import Any, TypeVar
 import redis
 import redis.asyncio
 
-from redishacks import _drive
 from redishacks._command import Command
 from redishacks._transport import _settings
 from redishacks._transport._async import AsyncTransport
 from redishacks._transport._cluster import SlotMap
+from redishacks._transport._listener import AsyncListener, Listener
 from redishacks._transport._observe import AsyncObserved, Hook, Observed
 from redishacks._transport._registry import registry
 from redishacks._transport._settings import Settings
@@ -45,27 +45,41 @@ from redishacks._transport._sync import SyncTransport
 from redishacks._transport._wire import pack
 from redishacks.errors import UsageError
 
-__all__ = ["Hook", "connect", "connect_async", "packed"]
+__all__ = [
+    "AsyncListener",
+    "AsyncObserved",
+    "AsyncTransport",
+    "Hook",
+    "Listener",
+    "Observed",
+    "Settings",
+    "SyncTransport",
+    "connect",
+    "connect_async",
+    "packed",
+]
 
 T = TypeVar("T")
 
 
-def connect(client: Any, on_command: Hook | None = None) -> _drive.Transport:
+def connect(client: Any, on_command: Hook | None = None) -> SyncTransport | Observed:
     """Return the transport for a redis-py client or a `redis://`, `rediss://`, `unix://` URL.
 
     All tools on one client share it. `on_command(name, node, seconds, error)` is called after every
     command said through this very result. Raises `UsageError` for a client of `redis.asyncio` and
     for anything that is no client.
     """
-    settings, slots = _read(client, asynchronous=False)
-    transport = registry.get(client, SyncTransport, lambda: SyncTransport(settings, slots))
+    transport = registry.get(
+        client, SyncTransport, lambda: SyncTransport(*_read(client, asynchronous=False))
+    )
     return transport if on_command is None else Observed(transport, on_command)
 
 
-def connect_async(client: Any, on_command: Hook | None = None) -> _drive.AsyncTransport:
+def connect_async(client: Any, on_command: Hook | None = None) -> AsyncTransport | AsyncObserved:
     """Return the transport for a `redis.asyncio` client or a URL; it serves every event loop."""
-    settings, slots = _read(client, asynchronous=True)
-    transport = registry.get(client, AsyncTransport, lambda: AsyncTransport(settings, slots))
+    transport = registry.get(
+        client, AsyncTransport, lambda: AsyncTransport(*_read(client, asynchronous=True))
+    )
     return transport if on_command is None else AsyncObserved(transport, on_command)
 
 

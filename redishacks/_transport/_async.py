@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import asyncio
 import weakref
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Hashable, Sequence
 from time import monotonic
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from hiredis import ReplyError
 
@@ -157,6 +157,16 @@ class Node:
         self._bulk.abandon()
 
 
+class Guest(Protocol):
+    """Something with connections of its own in a loop."""
+
+    def close(self) -> None:
+        """Close every connection now."""
+
+    def abandon(self) -> None:
+        """Close file descriptors only."""
+
+
 class Site:
     """What a transport has in one event loop."""
 
@@ -174,6 +184,9 @@ class Site:
         self._nodes: dict[Address, Node | ForeignNode] = {}
         #: Those too that have left the cluster, while an exchange with them is under way.
         self._known: weakref.WeakSet[Node | ForeignNode] = weakref.WeakSet()
+        self.guests: weakref.WeakSet[Guest] = weakref.WeakSet()
+        #: What tools have once per server and loop, by their own names.
+        self.single: dict[str, Any] = {}
         self.only = None if cluster else self.node(settings.address)
         # asyncio.run() ends a loop's async generators before it closes the loop: our cue.
         self._guard = self._until_shutdown()
@@ -206,14 +219,14 @@ class Site:
 
     def close(self) -> None:
         """Close everything now."""
-        for node in self._nodes.values():
-            node.close()
+        for one in (*self._nodes.values(), *self.guests):
+            one.close()
         self._sites.pop(id(self.loop), None)
 
     def abandon(self) -> None:
         """Close file descriptors only, in a forked child or for a closed loop."""
-        for node in list(self._known):
-            node.abandon()
+        for one in (*self._known, *self.guests):
+            one.abandon()
 
     async def _until_shutdown(self) -> AsyncGenerator[None, None]:
         try:
@@ -266,8 +279,7 @@ class AsyncTransport:
 
     async def run(self, commands: Sequence[Command[T]], deadline: float) -> list[Outcome[T]]:
         """Say several, one write per node; every one ends as a value or an error, in order."""
-        site = self._sites.get(id(asyncio.get_running_loop())) or self._new_site()
-        return await self._converse(site, self._talk(commands, deadline, monotonic()))
+        return await self._converse(self._site(), self._talk(commands, deadline, monotonic()))
 
     async def aclose(self) -> None:
         """Close this loop's connections; the next call opens new ones."""
@@ -286,6 +298,56 @@ class AsyncTransport:
         if self._slots is None:
             return show(self._settings.address)
         return self._slots.where(command.keys)
+
+    @property
+    def bare(self) -> AsyncTransport:
+        """Itself: no hook is between."""
+        return self
+
+    @property
+    def server(self) -> Hashable:
+        """Name the server and its database: the same for every client of them."""
+        return (self._settings.address, self._settings.db)
+
+    @property
+    def clustered(self) -> bool:
+        """Whether keys of one command must share a slot."""
+        return self._slots is not None
+
+    @property
+    def single(self) -> dict[str, Any]:
+        """What tools have once per server and loop, by their own names."""
+        return self._site().single
+
+    def settings_for(self, command: Command[Any]) -> Settings | None:
+        """Return how to reach the node that a command goes to, for a connection of one's own.
+
+        None for a connection class that we do not know.
+        """
+        if self._settings.foreign is not None or self._slots is None:
+            return None if self._settings.foreign is not None else self._settings
+        return self._settings.at(self._slots.route(command.keys))
+
+    def adopt(self, guest: Guest) -> None:
+        """Close its connections with those of this loop."""
+        self._site().guests.add(guest)
+
+    def post(self, command: Command[Any], deadline: float) -> asyncio.Future[Any] | None:
+        """Send a command behind those that were sent before, without waiting.
+
+        Its raw reply is in the future; None: there is no connection, or no room on it. A script is
+        sent whole, since nobody is there to do that later.
+        """
+        site = self._site()
+        node = site.only or self._usual(site, command)
+        link = None if node is None else node.ready(monotonic())
+        data = pack(command, whole=True)
+        if link is None or link.full(len(data)):
+            return None
+        return link.submit(data, None, monotonic() + deadline)
+
+    def _site(self) -> Site:
+        return self._sites.get(id(asyncio.get_running_loop())) or self._new_site()
 
     def _new_site(self) -> Site:
         # A loop closed without shutting down its async generators left its connections here.

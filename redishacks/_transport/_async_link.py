@@ -12,7 +12,7 @@ import os
 import socket
 import ssl
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from itertools import chain
 from time import monotonic
 from typing import Any
@@ -75,6 +75,10 @@ class Link:
     _fd = -1
     #: Until it has a file descriptor of its own.
     _sock: socket.socket | None = None
+    #: Called with what the server says unasked (a push of RESP3).
+    on_push: Callable[[Any], None] | None = None
+    #: Called when it is lost.
+    on_loss: Callable[[], None] | None = None
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self.since = monotonic()
@@ -184,6 +188,8 @@ class Link:
             if not room.done():
                 room.set_result(None)
         self._room.clear()
+        if self.on_loss is not None:
+            self.on_loss()
 
     def abandon(self) -> None:
         """Close the file descriptor and nothing else: in a forked child, or after the loop."""
@@ -286,6 +292,8 @@ class Link:
             reader.feed(data)
             while (reply := reader.gets()) is not MISSING:
                 if type(reply) is PushNotification:
+                    if self.on_push is not None:
+                        self.on_push(reply)
                     continue
                 if not line:
                     self.lose("a reply came that nobody waited for")

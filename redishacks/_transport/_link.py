@@ -188,6 +188,21 @@ class Link:
         except Lost as loss:
             raise Lost(loss.why, written=True, replies=found) from None
 
+    def fileno(self) -> int:
+        """Return what poll() takes."""
+        return self._sock.fileno()
+
+    def arrived(self) -> list[Any]:
+        """Return all that has come, pushes of RESP3 too, without waiting; raises `Lost`."""
+        found = []
+        try:
+            self._reader.feed(self._receive())
+            while (reply := self._reader.gets()) is not MISSING:
+                found.append(reply)
+        except hiredis.ProtocolError:
+            raise Lost(NO_RESP, written=True) from None
+        return found
+
     def alive(self) -> bool:
         """Look whether the server has closed it; data that nobody asked for counts as closed."""
         try:

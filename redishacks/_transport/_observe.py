@@ -54,6 +54,11 @@ class Observed:
         """Name the node that a command goes to."""
         return self._transport.where(command)
 
+    @property
+    def bare(self) -> SyncTransport:
+        """The transport without the hook."""
+        return self._transport
+
 
 class AsyncObserved:
     """The same for asyncio."""
@@ -88,6 +93,11 @@ class AsyncObserved:
     def where(self, command: Command[Any]) -> str:
         """Name the node that a command goes to."""
         return self._transport.where(command)
+
+    @property
+    def bare(self) -> AsyncTransport:
+        """The transport without the hook."""
+        return self._transport
 
 
 def _tell(

@@ -35,11 +35,15 @@ class Registry:
                 self._watching_forks = True
             known: Any = self._by_url if isinstance(client, str) else self._by_client
             key = (client, kind) if isinstance(client, str) else client
-            found: Either | None = known.get(key)
-            if found is None:
-                found = known[key] = make()
-                self._all.add(found)
-            return found
+            try:
+                found = known.get(key)
+            except TypeError:  # no client at all, which is what making says
+                return make()
+            if type(found) is kind:
+                return found
+            made = known[key] = make()
+            self._all.add(made)
+            return made
 
     def _forked(self) -> None:
         # Another thread of the parent may have held the lock.

@@ -11,7 +11,7 @@ import os
 import time
 import weakref
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from time import monotonic
 from typing import Any, Protocol, TypeVar
 
@@ -229,6 +229,36 @@ class SyncTransport:
         #: Those too that have left the cluster, while an exchange with them is under way.
         self._known: weakref.WeakSet[Node] = weakref.WeakSet()
         self._only = None if slots is not None else self._node(settings.address)
+        #: What tools have once per server and process, by their own names.
+        self.single: dict[str, Any] = {}
+
+    @property
+    def bare(self) -> SyncTransport:
+        """Itself: no hook is between."""
+        return self
+
+    @property
+    def server(self) -> Hashable:
+        """Name the server and its database: the same for every client of them."""
+        return (self._settings.address, self._settings.db)
+
+    @property
+    def clustered(self) -> bool:
+        """Whether keys of one command must share a slot."""
+        return self._slots is not None
+
+    def settings_for(self, command: Command[Any]) -> Settings | None:
+        """Return how to reach the node that a command goes to, for a connection of one's own.
+
+        None for a connection class that we do not know.
+        """
+        if self._settings.foreign is not None or self._slots is None:
+            return None if self._settings.foreign is not None else self._settings
+        return self._settings.at(self._slots.route(command.keys))
+
+    def adopt(self, node: Node) -> None:
+        """Close its connections too in a forked child."""
+        self._known.add(node)
 
     def call(self, command: Command[T], deadline: float) -> T:
         """Say one command, return its result or raise its error.
@@ -273,6 +303,7 @@ class SyncTransport:
         """In a forked child: close every connection, those in use too."""
         for node in list(self._known):
             node.abandon()
+        self.single.clear()
 
     def where(self, command: Command[Any]) -> str:
         """Name the node that a command goes to."""

@@ -27,6 +27,8 @@
 --        retry: µs until it would be allowed, 0: now, -1: never; next: until a place comes back;
 --        reset: until all have
 
+--@ include struct
+
 local floor, ceil, min, max = math.floor, math.ceil, math.min, math.max
 local byte, rep, sub, unpack_, pack = string.byte, string.rep, string.sub, struct.unpack, struct.pack
 

@@ -8,6 +8,8 @@
 -- now      µs since 1970, for tests; else the server's own
 -- Reply: {now, units charged, then per window: remaining, retry, next, reset}, as ratelimit_decide
 
+--@ include struct
+
 local keys, args, call = KEYS, ARGV, redis.call
 local unpack_, pack, sub, floor, max = struct.unpack, struct.pack, string.sub, math.floor, math.max
 local HEAD = 14

@@ -1,4 +1,4 @@
--- What the other scripts use of `struct`, for servers that lack it (fakeredis); put before them.
+-- What the other scripts use of `struct`, for servers that lack it (fakeredis); included by them.
 -- Formats are little-endian: B, and I1 to I7.
 
 local struct = struct or (function()

@@ -18,8 +18,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from redishacks._command import Command, Steps, ask_all
+from redishacks._errands import Errands
 from redishacks.errors import RedisHacksError
-from redishacks.ratelimit._errands import Errands
 from redishacks.ratelimit._fallback import LocalLimits
 from redishacks.ratelimit._recall import Memory
 from redishacks.ratelimit.commands import Layout, Question

@@ -13,8 +13,8 @@ from time import monotonic
 from typing import Any, Protocol
 
 from redishacks._command import Command, Steps, ask_all
+from redishacks._errands import Errands
 from redishacks.errors import RedisHacksError, UnavailableError
-from redishacks.ratelimit._errands import Errands
 
 #: Places that wait to be left; of more the oldest come back by the end of their leases only.
 _MOST_LEAVING = 10_000

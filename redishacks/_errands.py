@@ -1,4 +1,4 @@
-"""What a limiter does off the path of requests; to a sender of `_linger` it is a buffer.
+"""What a tool does in the background, off the path of requests; to a sender of `_linger` a buffer.
 
 The sender drives it as it does a counter's buffer: every so often, from a thread or a task that the
 first request starts, at close and at exit, and anew in a forked child.
@@ -9,9 +9,9 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import Self
 
+from redishacks._breaker import Breaker
 from redishacks._command import Steps
 from redishacks.errors import RedisHacksError, UnavailableError
-from redishacks.ratelimit._breaker import Breaker
 
 
 class Errands(ABC):
@@ -37,6 +37,10 @@ class Errands(ABC):
         """Begin anew in a forked child."""
         self.reset()
         return self
+
+    def pause(self, linger: float) -> float | None:
+        """Return seconds until the next send; None when none will be due until a new start."""
+        return linger
 
     def last(self) -> None:
         """Hear that nothing may be kept for later."""

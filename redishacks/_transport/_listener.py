@@ -1,0 +1,317 @@
+"""Hearing what others publish: a connection of its own, which a thread or a task looks after.
+
+It always speaks RESP3, in which messages cannot be taken for replies, and asks every few seconds
+whether the server is still there. When it was lost it is made anew, and whoever listens is told
+that messages may have been missed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import logging
+import select
+import socket
+import threading
+from collections import deque
+from time import monotonic
+from typing import Any, Protocol
+
+from hiredis import PushNotification, ReplyError
+
+from redishacks._transport._async_link import Link as AsyncLink
+from redishacks._transport._async_link import open_link
+from redishacks._transport._decide import (
+    CONNECT_DEADLINE,
+    Lost,
+    Refused,
+    Unreachable,
+    error_text,
+)
+from redishacks._transport._link import Link
+from redishacks._transport._settings import Settings
+from redishacks._transport._socket import CLOSED, LATE
+from redishacks._transport._sync import Channel, Node
+from redishacks._transport._wire import PING, pack_words
+from redishacks.errors import RedisHacksError, ServerError, UnavailableError
+
+
+class Audience(Protocol):
+    """Who listens."""
+
+    def hear(self, message: bytes) -> None:
+        """Take a message; must not block."""
+
+    def missed(self) -> None:
+        """Hear that messages may have been missed; must not block."""
+
+    def present(self) -> bool:
+        """Return whether anybody waits for messages."""
+
+
+#: Seconds between two questions whether the server is there, and for an answer.
+_ASK_EVERY, _ANSWER_IN = 5.0, 2.0
+#: Seconds between two tries to connect, at first and at most.
+_PAUSES = (0.02, 1.0)
+#: Seconds without anybody who listens until the connection is closed.
+_IDLE = 30.0
+
+_log = logging.getLogger("redishacks")
+
+
+class _Listener:
+    """What both colours know: which channels are wanted, and which are heard."""
+
+    def __init__(self, settings: Settings, audience: Audience) -> None:
+        self._settings = dataclasses.replace(settings, protocol=3)
+        self._audience = audience
+        self._wanted: dict[bytes, bool] = {}
+        self._on: set[bytes] = set()
+        self._refused: dict[bytes, ServerError] = {}
+        self._why = "no connection in time"
+        #: When somebody was last seen to listen.
+        self._busy_at = monotonic()
+
+    def hears(self, channel: bytes) -> bool:
+        """Return whether messages of a channel come in."""
+        return channel in self._on
+
+    def _idle(self) -> bool:
+        if self._audience.present():
+            self._busy_at = monotonic()
+        return monotonic() > self._busy_at + _IDLE
+
+    def _answered(self, channel: bytes | None, reply: Any) -> None:
+        """Take the answer to a subscription, or to a mere question."""
+        if channel is None:
+            return
+        if isinstance(reply, ReplyError):
+            self._wanted.pop(channel, None)
+            self._refused[channel] = ServerError(error_text(reply))
+        else:
+            self._on.add(channel)
+
+    def _pushed(self, push: Any) -> None:
+        if push[0] in (b"message", b"smessage"):
+            self._audience.hear(push[2])
+        elif push[0] == b"sunsubscribe":  # its slot has moved to another node
+            self._wanted.pop(push[1], None)
+            self._on.discard(push[1])
+            self._audience.missed()
+
+    def _check(self, channel: bytes, end: float) -> None:
+        """Raise when a channel is not to be heard."""
+        refusal = self._refused.pop(channel, None)
+        if refusal is not None:
+            raise refusal
+        if monotonic() >= end:
+            raise UnavailableError(f"listening to messages: {self._why}")
+
+
+def _subscription(channel: bytes, sharded: bool) -> bytes:
+    """Pack a subscription and a question: when that is answered, the subscription is there."""
+    packed: bytes = pack_words((b"SSUBSCRIBE" if sharded else b"SUBSCRIBE", channel)) + PING
+    return packed
+
+
+class Listener(_Listener):
+    """Hears channels of one node in a thread, which begins with the first of them."""
+
+    def __init__(self, settings: Settings, audience: Audience) -> None:
+        super().__init__(settings, audience)
+        #: For the transport, which closes its connections in a forked child.
+        self.node = Node(self._settings)
+        self._guard = threading.RLock()
+        self._news = threading.Condition(self._guard)
+        self._thread: threading.Thread | None = None
+        self._bell = socket.socketpair()
+        for end in self._bell:
+            end.setblocking(False)
+
+    def subscribe(self, channel: bytes, sharded: bool, deadline: float) -> None:
+        """Return when messages of a channel come in; who asks must be present.
+
+        Raises `ServerError`, or `UnavailableError` when that could not be in time.
+        """
+        end = monotonic() + deadline
+        with self._guard:
+            self._wanted[channel] = sharded
+            if self._thread is None:
+                self._thread = threading.Thread(
+                    target=self._work, name="redishacks-wake", daemon=True
+                )
+                self._thread.start()
+            self._ring()
+            while channel not in self._on:
+                self._check(channel, end)
+                self._news.wait(end - monotonic())
+
+    def _ring(self) -> None:
+        with contextlib.suppress(BlockingIOError):  # it rings already
+            self._bell[1].send(b"!")
+
+    def _staying(self) -> bool:
+        with self._guard:
+            if self._idle():
+                self._thread = None
+        return self._thread is threading.current_thread()
+
+    def _work(self) -> None:
+        shortest, longest = _PAUSES
+        pause = shortest
+        while self._staying():
+            try:
+                link = self.node.connect(CONNECT_DEADLINE)
+            except (Unreachable, Refused, RedisHacksError) as error:
+                self._why = str(error)
+                select.select([self._bell[0]], [], [], pause)
+                pause = min(2 * pause, longest)
+                continue
+            pause = shortest
+            try:
+                self._listen(link)
+            except Lost as loss:
+                self._why = loss.why
+            except Exception:
+                _log.exception("hearing messages failed; it begins anew")
+            finally:
+                self._on.clear()
+                self.node.drop(link)
+
+    def _listen(self, link: Channel) -> None:
+        assert isinstance(link, Link)
+        poll = select.poll()
+        poll.register(self._bell[0], select.POLLIN)
+        poll.register(link.fileno(), select.POLLIN)
+        #: What is asked and not answered: the channel to be heard, and until when.
+        asked: deque[tuple[bytes | None, float]] = deque()
+        known: set[bytes] = set()
+        refusal: Any = None
+        next_ask = monotonic() + _ASK_EVERY
+        gap = True
+        while self._staying():
+            now = monotonic()
+            for channel, sharded in list(self._wanted.items()):
+                if channel not in known:
+                    known.add(channel)
+                    asked.append((channel, now + _ANSWER_IN))
+                    link.send(_subscription(channel, sharded), now + _ANSWER_IN)
+            if not asked and now >= next_ask:
+                asked.append((None, now + _ANSWER_IN))
+                link.send(PING, now + _ANSWER_IN)
+            if not asked and gap:
+                gap = False
+                self._audience.missed()
+            until = asked[0][1] if asked else next_ask
+            ready = dict(poll.poll(max(0.0, until - now) * 1000))
+            if self._bell[0].fileno() in ready:
+                self._bell[0].recv(4096)
+            if link.fileno() not in ready:
+                if asked and monotonic() >= asked[0][1]:
+                    raise Lost(LATE, written=True)
+                continue
+            for reply in link.arrived():
+                if type(reply) is PushNotification:
+                    self._pushed(reply)
+                elif type(reply) is ReplyError:
+                    refusal = reply  # of the subscription; the answer to its question follows
+                else:
+                    with self._guard:
+                        self._answered(asked.popleft()[0], refusal)
+                        self._news.notify_all()
+                    refusal = None
+                    next_ask = monotonic() + _ASK_EVERY
+
+
+class AsyncListener(_Listener):
+    """`Listener` in a task of one event loop."""
+
+    def __init__(
+        self, loop: asyncio.AbstractEventLoop, settings: Settings, audience: Audience
+    ) -> None:
+        super().__init__(settings, audience)
+        self.links: set[AsyncLink] = set()
+        self._loop = loop
+        self._task: asyncio.Task[None] | None = None
+        self._bell = asyncio.Event()
+        self._news = asyncio.Condition()
+
+    async def subscribe(self, channel: bytes, sharded: bool, deadline: float) -> None:
+        """Return when messages of a channel come in, as `Listener.subscribe`."""
+        end = monotonic() + deadline
+        self._wanted[channel] = sharded
+        if self._task is None or self._task.done():
+            self._task = self._loop.create_task(self._work(), name="redishacks-wake")
+        self._bell.set()
+        async with self._news:
+            while channel not in self._on:
+                self._check(channel, end)
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(end - monotonic()):
+                        await self._news.wait()
+
+    def close(self) -> None:
+        """Close the connection now."""
+        if self._task is not None:
+            self._task.cancel()
+        for link in self.links:
+            link.lose(CLOSED)
+
+    def abandon(self) -> None:
+        """Close file descriptors only, in a forked child or for a closed loop."""
+        for link in self.links:
+            link.abandon()
+
+    async def _work(self) -> None:
+        shortest, longest = _PAUSES
+        pause = shortest
+        while not self._idle():
+            try:
+                link = await open_link(self._loop, self._settings, CONNECT_DEADLINE, self.links)
+            except (Unreachable, Refused, RedisHacksError) as error:
+                self._why = str(error)
+                self.links = {link for link in self.links if link.open}
+                await asyncio.sleep(pause)
+                pause = min(2 * pause, longest)
+                continue
+            pause = shortest
+            link.on_push = self._pushed
+            link.on_loss = self._bell.set
+            try:
+                await self._listen(link)
+            except Lost as loss:
+                self._why = loss.why
+            finally:
+                self._on.clear()
+                link.lose(CLOSED)
+                self.links.discard(link)
+
+    async def _listen(self, link: AsyncLink) -> None:
+        known: set[bytes] = set()
+        gap = True
+        while not self._idle():
+            self._bell.clear()
+            for channel, sharded in list(self._wanted.items()):
+                if channel not in known:
+                    known.add(channel)
+                    await self._say(link, channel, sharded)
+            if gap:
+                gap = False
+                self._audience.missed()
+            try:
+                async with asyncio.timeout(_ASK_EVERY):
+                    await self._bell.wait()
+            except TimeoutError:
+                await self._say(link, None, False)
+            if not link.open:
+                raise Lost(CLOSED, written=True)
+
+    async def _say(self, link: AsyncLink, channel: bytes | None, sharded: bool) -> None:
+        words = PING if channel is None else _subscription(channel, sharded)
+        reply = await link.submit(words, None, monotonic() + _ANSWER_IN)
+        if isinstance(reply, Lost):
+            raise reply
+        async with self._news:
+            self._answered(channel, reply)
+            self._news.notify_all()

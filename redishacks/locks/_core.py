@@ -1,0 +1,718 @@
+"""What locks of all kinds and both colours share: to acquire, to hold, to lose, to release."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import logging
+import math
+import os
+import socket
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Hashable
+from typing import Any, Generic, NoReturn, TypeVar, cast
+
+from redishacks._command import Call, Command, Script, Steps, ask, ask_all
+from redishacks._slots import key_slot
+from redishacks._transport import AsyncTransport, Hook, SyncTransport
+from redishacks._units import Seconds, seconds
+from redishacks._wake import DEAF, Channels
+from redishacks.errors import (
+    MaybeAppliedError,
+    RedisHacksError,
+    UnavailableError,
+    UsageError,
+)
+from redishacks.locks._clock import clock
+from redishacks.locks._here import here
+from redishacks.locks._station import AsyncStation, Station
+from redishacks.locks.commands import MINE, Ask, Kind, Names
+from redishacks.locks.holder import (
+    Holder,
+    LockedError,
+    LockLostError,
+    SelfDeadlockError,
+    parse_info,
+)
+
+#: Leases in seconds.
+_SHORTEST, _LONGEST = 0.001, 366 * 86_400.0
+#: Renewal needs time for a round trip or two.
+_SHORTEST_RENEWED = 0.1
+#: Seconds after which a lease is renewed no more, unless told otherwise.
+_MAX_HOLD = 3600.0
+#: A lease counts as ended a little early: the clocks of two machines do not run alike.
+_SKEW = 0.999
+#: Seconds after the deadline in which a command may still be carried out: connecting has its own.
+_GRACE = 2.5
+#: Seconds by which waiters look one after the other, so that the first gets there first.
+_APART = 0.004
+#: A waiter that nobody can tell, or whose connection is being made, looks every so many seconds.
+_LOOK = 0.05
+#: Seconds after which a waiter looks in any case, or its ttl if that is longer.
+_LOOK_AGAIN = 1.0
+#: Pauses of a waiter while Redis is away, at first and at most.
+_PAUSES = (0.02, 1.0)
+#: Renewals of locks that came at about the same time go out together.
+_TOGETHER = 30
+
+#: What a transport raises when a server is not there, or did not answer in time.
+AWAY = (UnavailableError, MaybeAppliedError)
+
+#: "waited", "held" or "lost" and how many seconds; "contended" when somebody else has it.
+OnEvent = Callable[[str, str, float], object]
+
+F = TypeVar("F", bound=Callable[..., Any])
+H = TypeVar("H", bound="Hold")
+T = TypeVar("T", bound=SyncTransport | AsyncTransport)
+AnyStation = Station | AsyncStation
+
+_log = logging.getLogger("redishacks")
+
+
+class _Unset:
+    def __repr__(self) -> str:
+        return "the lock's own"
+
+
+#: For an argument that was not given, where None means something.
+UNSET: Any = _Unset()
+
+
+# One acquisition
+
+
+class Hold:
+    """One acquisition of a lock: what is known about it in this process."""
+
+    __slots__ = (
+        "__weakref__",
+        "_asked",
+        "_began",
+        "_core",
+        "_depth",
+        "_doubt",
+        "_ear",
+        "_end",
+        "_lost",
+        "_owner",
+        "_pid",
+        "_released",
+        "_station",
+        "_told",
+        "_until",
+        "fence",
+        "token",
+        "ttl",
+    )
+
+    def __init__(self, core: Core[Any], station: AnyStation, owner: Hashable, ttl: float) -> None:
+        #: Names this acquisition; `Lock.adopt` takes it in another process.
+        self.token = station.token()
+        #: A number that grows from holder to holder; 0 until it is held.
+        self.fence = 0
+        #: Seconds of its lease.
+        self.ttl = ttl
+        self._core = core
+        self._station = station
+        self._owner = owner
+        self._pid = os.getpid()
+        self._asked = self._began = self._until = 0.0
+        self._end = math.inf
+        #: How a waiter is told; "" for one that is not in line.
+        self._ear = ""
+        #: How many times over it is held, by reentrance.
+        self._depth = 1
+        self._doubt = self._released = self._lost = self._told = False
+
+    def __repr__(self) -> str:
+        state = "released" if self._released else "lost" if self.lost else "held"
+        return f"<{type(self).__name__} of {self.name}: {state}>"
+
+    def __reduce__(self) -> NoReturn:
+        raise UsageError(
+            "an acquisition belongs to its process and cannot be pickled: "
+            "pass its token on, and adopt(token) there"
+        )
+
+    def __del__(self) -> None:
+        # What is garbage is nobody's; its lease ends by itself.
+        core = getattr(self, "_core", None)
+        if core is not None and not self._released:
+            core.forget(self)
+
+    @property
+    def name(self) -> str:
+        """The lock's name."""
+        return str(self._core.name)
+
+    @property
+    def remaining(self) -> float:
+        """Seconds until the lease ends, by this process's clock; 0.0 when it is not held."""
+        return 0.0 if self._released or self.lost else max(0.0, self._until - clock())
+
+    @property
+    def lost(self) -> bool:
+        """Whether the lease ended before the release; always so in a forked child."""
+        if not self._released and not self._lost and clock() >= self._until:
+            self._lost = True
+        return self._lost or self._pid != os.getpid()
+
+    @property
+    def held(self) -> bool:
+        """Whether it is held, as far as this process knows. No round trip."""
+        return not self._released and not self.lost
+
+    def check(self) -> None:
+        """Raise `LockLostError` unless it is held, as far as this process knows. No round trip."""
+        if not self.held:
+            raise self.loss()
+
+    def loss(self) -> LockLostError:
+        """Return what to raise about a lock that is not held any more."""
+        if self._pid != os.getpid():
+            why = "it belongs to the process that this one was forked from"
+        elif self._released and not self._lost:
+            why = "it was released"
+        else:
+            why = f"its lease of {self.ttl:g} s ended, or it was taken away, before the release"
+        return LockLostError(f"lock {self.name} is not held: {why}", self.name)
+
+    # For the keeper
+
+    @property
+    def key(self) -> bytes:
+        """The lock."""
+        return self._core.kind.key
+
+    @property
+    def extend_script(self) -> Script:
+        """What begins the lease anew."""
+        return self._core.kind.extend
+
+    @property
+    def slot(self) -> int:
+        """Leases of one slot may be begun anew by one command."""
+        return self._core.slot
+
+    def over(self, now: float) -> bool:
+        """Return whether the lease has ended without a release."""
+        return not self._released and not self._told and (self._lost or now >= self._until)
+
+    def due(self) -> float | None:
+        """Return when to look at it next; None when never again."""
+        if self._released or self._told:
+            return None
+        if self._core.renew and self._until < self._end:
+            grid = self.ttl / _TOGETHER
+            return math.ceil((self._asked + self.ttl / 3) / grid) * grid
+        return self._until
+
+    def wants(self, now: float) -> int | None:
+        """Return of how many µs a new lease should be, None when it is not time."""
+        renewable = self._core.renew and not self._released and not self._lost
+        if not renewable or now >= self._until or self._until >= self._end:
+            return None
+        if now < self._asked + self.ttl / 3:
+            return None
+        return max(1000, round(min(self.ttl, self._end - now) * 1e6))
+
+    def renewed(self, since: float, micros: int) -> None:
+        """Hear that a lease was asked for at that moment, and began."""
+        self._asked = since
+        self._until = min(since + micros / 1e6 * _SKEW, self._end)
+
+    def ended(self, *, asked: bool) -> None:
+        """Hear that the lease has ended, as the server says or as the clock does."""
+        if self._released or self._pid != os.getpid():
+            return  # a renewal that came after the release says nothing
+        self._lost = True
+        self.tell_lost()
+
+    # For the lock
+
+    def begin(self, fence: int, since: float, end: float) -> None:
+        """Hold it: the lease was asked for at that moment."""
+        self.fence = fence
+        self._asked = self._began = since
+        self._until = since + self.ttl * _SKEW
+        if end < math.inf:
+            self._end = since + end
+            self._until = min(self._until, self._end)
+
+    def tell_lost(self) -> None:
+        """Tell whoever wants to know, once."""
+        self._lost = True
+        if not self._told:
+            self._told = True
+            self._core.lost(self)
+
+
+# The lock
+
+
+class Core(ABC, Generic[T]):
+    """A lock of any kind."""
+
+    def __init__(
+        self,
+        client: Any,
+        names: Names,
+        kind: Kind,
+        *,
+        wait: Seconds | None,
+        ttl: Seconds,
+        renew: bool,
+        max_hold: Seconds | None,
+        reentrant: bool,
+        replicas: int,
+        on_lost: Callable[[Any], object] | None,
+        on_event: OnEvent | None,
+        label: str,
+        deadline: Seconds,
+        on_command: Hook | None,
+    ) -> None:
+        self.name = names.name
+        self.kind = kind
+        self._names = names
+        self.ttl = _lease(ttl)
+        self.wait = _patience(wait)
+        self.renew = renew
+        if renew and self.ttl < _SHORTEST_RENEWED:
+            raise UsageError(f"renew=True needs a ttl of 0.1 s or more, not {ttl!r}")
+        if max_hold is not None and not renew:
+            raise UsageError("max_hold bounds the renewal of a lease: give renew=True, too")
+        most = _MAX_HOLD if max_hold is None else seconds(max_hold, "max_hold")
+        self._most = most if renew else math.inf
+        if isinstance(replicas, bool) or not isinstance(replicas, int) or replicas < 0:
+            raise UsageError(
+                f"replicas is how many must have the lock, 0 or more, not {replicas!r}"
+            )
+        self._replicas = replicas
+        self._reentrant = reentrant
+        self._on_lost = on_lost
+        self._on_event = on_event
+        self._label = _label(label)
+        self.deadline = seconds(deadline, "deadline")
+        #: The server's clock against this machine's, in seconds, as the last reply told.
+        self._skew = 0.0
+        self._client = client
+        self.transport = self._connect(client, on_command)
+        bare = self.transport.bare
+        self._bare: T = bare
+        self.slot = key_slot(kind.key) if bare.clustered else 0
+        self._where: Command[Any] = Command((), (kind.key,))
+        self._here: Hashable = (bare.server, kind.key)
+        self._entered: dict[Hashable, list[Any]] = {}
+
+    @abstractmethod
+    def _connect(self, client: Any, on_command: Hook | None) -> Any:
+        """Return the transport of this colour."""
+
+    @abstractmethod
+    def _station(self) -> AnyStation:
+        """Return what locks of this server share, in this process and loop."""
+
+    @abstractmethod
+    def _owner(self) -> Any:
+        """Return the running thread or task."""
+
+    @abstractmethod
+    def _thread(self, owner: Any) -> str:
+        """Name a thread or task."""
+
+    @abstractmethod
+    def _post(self, hold: Hold, command: Command[int]) -> None:
+        """Send a release behind what was sent before, if that can be done without waiting."""
+
+    @abstractmethod
+    def redis(self) -> tuple[Any, bool]:
+        """Return a redis-py client for the server of the lock, and whether it is to be closed."""
+
+    @abstractmethod
+    def _wrapped(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Return a function that holds the lock while it runs."""
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.name}>"
+
+    def __call__(self, function: F) -> F:
+        """Decorate a function: it holds the lock while it runs, and raises `LockedError` as
+        `acquire` does.
+
+        Raises `UsageError` for a function of the other colour, and for a generator, which would
+        not run inside.
+        """
+        if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
+            raise UsageError(f"{function!r} is a generator: hold the lock with `with` inside of it")
+        return cast("F", functools.wraps(function)(self._wrapped(function)))
+
+    # For handles
+
+    def left(self, owner: Hashable) -> Any:
+        """Return what this thread or task holds by `with lock`, the last first."""
+        holds = self._entered[owner]
+        hold = holds.pop()
+        if not holds:
+            del self._entered[owner]
+        return hold
+
+    def forget(self, hold: Hold) -> None:
+        """Take note that an acquisition holds no more."""
+        here.remove((self._here, hold._owner), hold)
+
+    def lost(self, hold: Hold) -> None:
+        """Tell whoever wants to know that a lock was lost."""
+        self.forget(hold)
+        self._tell("lost", clock() - hold._began)
+        if self._on_lost is not None:
+            self._on_lost(hold)
+
+    def _tell(self, event: str, seconds: float) -> None:
+        if self._on_event is not None:
+            try:
+                self._on_event(event, self.name, seconds)
+            except Exception:
+                _log.exception("the on_event hook of a lock failed")
+
+    # Acquiring
+
+    def acquire_steps(self, kind: type[H], wait: Any, ttl: Seconds | None) -> Steps[H]:
+        """Get the lock, now or within the wait; raises `LockedError`."""
+        length = self.ttl if ttl is None else _lease(ttl)
+        patience = self.wait if wait is UNSET else _patience(wait)
+        owner = self._owner()
+        mine = here.find((self._here, owner))
+        if mine is not None:
+            return self._nested(cast("H", mine))
+        began = clock()
+        end = began + patience
+        while True:
+            hold = kind(self, self._station(), owner, length)
+            try:
+                yield from self._take(hold, end)
+            except _Forked:
+                continue  # the acquisition is the parent's: this process has one of its own
+            if self._replicas:
+                yield from self._replicate(hold)
+            break
+        self._settled(hold)
+        if self._on_event is not None and patience:
+            self._tell("waited", clock() - began)
+        return hold
+
+    def adopt_steps(self, kind: type[H], token: str) -> Steps[H]:
+        """Hold what another process has acquired; raises `LockLostError`."""
+        if not isinstance(token, str) or not token.isalnum():
+            raise UsageError(f"a token is what `held.token` is, not {token!r}")
+        owner = self._owner()
+        hold = kind(self, self._station(), owner, self.ttl)
+        hold.token = token
+        since = clock()
+        reply = yield from ask(self.kind.acquire(self._ask(hold, MINE)))
+        if reply[0] != 1:
+            hold._lost = True
+            raise hold.loss()
+        hold.begin(reply[2], since, self._most)
+        self._settled(hold)
+        return hold
+
+    def _settled(self, hold: Hold) -> None:
+        """Take note that this thread or task holds it from now on."""
+        here.add((self._here, hold._owner), hold)
+        if self.renew or self._on_lost is not None:
+            self._watch(hold)
+
+    def _nested(self, mine: H) -> H:
+        if not self._reentrant:
+            raise SelfDeadlockError(
+                f"lock {self.name} is held by this very thread or task; reentrant=True allows that",
+                self.name, None, mine.remaining,
+            )  # fmt: skip
+        mine._depth += 1
+        return mine
+
+    def _take(self, hold: Hold, end: float) -> Steps[None]:
+        """Ask until the lock is taken, or the wait is over."""
+        try:
+            yield from self._ask_and_wait(hold, end)
+        except GeneratorExit:
+            raise  # nobody is there to go on: the lease ends by itself
+        except BaseException:
+            if hold._pid == os.getpid():
+                self._give_up(hold)
+            raise
+        finally:
+            if hold._ear:
+                hold._station.wakeups.leave(hold.token)
+
+    def _ask_and_wait(self, hold: Hold, end: float) -> Steps[None]:
+        wakeups = hold._station.wakeups
+        bell: Any = None
+        ticket = ""
+        if end > clock():
+            ear = wakeups.ear(self._where, self._channels(wakeups))
+            if ear is not None:
+                bell, hold._ear, ticket = wakeups.enter(hold.token), ear, "0"
+        while True:
+            since = clock()
+            reply = yield from self._asked(hold, ticket, bell, end)
+            if hold._pid != os.getpid():
+                raise _Forked
+            state = reply[0]
+            if state == 1:
+                hold.begin(reply[2], since, self._most)
+                return
+            if state == -2:
+                raise UnavailableError(f"lock {self.name}: taken away before its reply arrived")
+            if since >= end:
+                if ticket:
+                    yield from self._leave_line(hold)
+                self._refuse(hold, reply)
+            if bell is None:
+                self._tell("contended", 0.0)
+                bell = wakeups.enter(hold.token)
+            ear = yield from wakeups.listen_steps(
+                self._where, self._channels(wakeups), self.deadline
+            )
+            if not ticket:
+                hold._ear, ticket = ear, "0"
+                continue
+            ticket = reply[4].decode()
+            yield from self._sleep(hold, bell, reply[2] / 1e6, reply[3], end)
+
+    def _asked(self, hold: Hold, ticket: str, bell: Any, end: float) -> Steps[list[Any]]:
+        """Ask, again when the reply was lost, and while waiting as long as Redis is away."""
+        began = clock()
+        pause, longest = _PAUSES
+        while True:
+            asking = self._ask(hold, ticket)
+            try:
+                reply: list[Any] = yield self.kind.acquire(asking)
+            except AWAY as error:
+                hold._doubt = True
+                late = clock() >= began + (self.deadline if bell is None else max(hold.ttl, 1.0))
+                if late or (isinstance(error, UnavailableError) and bell is None):
+                    raise UnavailableError(f"lock {self.name}: not acquired: {error}") from error
+                if isinstance(error, UnavailableError):
+                    left = end - clock()
+                    if left <= 0:
+                        raise
+                    yield from _wait_for(bell, min(pause, left))
+                    pause = min(2 * pause, longest)
+                continue
+            self._skew = reply[1] / 1e6 - time.time()
+            if reply[0] != -1:
+                return reply
+            if clock() >= began + self.deadline + _GRACE:
+                raise UnavailableError(f"lock {self.name}: not acquired: every try came too late")
+
+    def _sleep(self, hold: Hold, bell: Any, left: float, place: int, end: float) -> Steps[None]:
+        """Sleep until it may be this one's turn, or the wait is over."""
+        # Those in front look first; the first four alone, for they may all be gone.
+        nap = left + 0.001 + min(place, 4) * _APART
+        nap = min(nap, _LOOK if hold._ear == DEAF else max(hold.ttl, _LOOK_AGAIN))
+        look = min(clock() + nap, end)
+        while (rest := look - clock()) > 0:
+            micros = yield from _wait_for(bell, rest)
+            if micros == 0:
+                return
+            if micros is not None:  # somebody has a moment to take it
+                look = min(look, clock() + micros / 1e6 + _APART)
+
+    def _refuse(self, hold: Hold, reply: list[Any]) -> NoReturn:
+        if hold._doubt:  # an earlier copy may be under way
+            self._give_up(hold)
+        if not hold._ear:
+            self._tell("contended", 0.0)
+        _, _, left, _, _, fence, info = reply
+        holder = parse_info(info.decode("utf-8", "replace"), fence, left / 1e6)
+        who = holder or "somebody whom it was just handed over to"
+        raise LockedError(
+            f"lock {self.name} is held by {who}, for {left / 1e6:.3g} s or until it is released",
+            self.name, holder, left / 1e6,
+        )  # fmt: skip
+
+    def _give_up(self, hold: Hold) -> None:
+        """Leave an acquisition of which a command may have arrived, or arrive yet."""
+        command = self.kind.release(hold.token, 0, hold._ear)._replace(repeatable=True)
+        try:
+            hold._station.leave(hold.token, command, clock() + self.deadline + _GRACE)
+            self._post(hold, command)
+        except Exception:
+            _log.exception("giving up lock %s failed; it ends with its lease", self.name)
+
+    def _leave_line(self, hold: Hold) -> Steps[None]:
+        command = self.kind.release(hold.token, 0, hold._ear)._replace(repeatable=True)
+        try:
+            yield from ask(command)
+        except AWAY:
+            self._give_up(hold)
+
+    def _replicate(self, hold: Hold) -> Steps[None]:
+        """Wait until enough replicas have the lock; else give it back."""
+        written: list[Any] = []
+        write: Any = self.kind.acquire(self._ask(hold, MINE))
+        write = write._replace(parse=written.append)
+        patience = str(max(1, round(self.deadline * 500)))
+        # WAIT counts the writes of its own connection only: in vain before the write has gone well.
+        count: Command[Any] = Command(
+            ("WAIT", str(self._replicas), patience), (self.kind.key,),
+            lambda reply: reply if written else 0, bulk=True,
+        )  # fmt: skip
+        try:
+            outcomes = yield from ask_all([write, count])
+            have = outcomes[1].result()
+        except RedisHacksError as error:
+            self._give_up(hold)
+            raise UnavailableError(
+                f"lock {self.name}: replicas were not heard of: {error}"
+            ) from error
+        except GeneratorExit:
+            raise
+        except BaseException:
+            self._give_up(hold)
+            raise
+        if have < self._replicas:
+            yield from self._leave_line(hold)
+            raise UnavailableError(
+                f"lock {self.name}: only {have} of {self._replicas} replicas have it in time"
+            )
+
+    def _watch(self, hold: Hold) -> None:
+        when = hold.due()
+        if when is not None:
+            hold._station.keep(hold, when)
+
+    def _channels(self, wakeups: Any) -> Channels:
+        return self._names.channels(wakeups.name)
+
+    def _ask(self, hold: Hold, ticket: str) -> Ask:
+        not_after = time.time() + self._skew + self.deadline + _GRACE
+        return Ask(
+            hold.token, str(round(hold.ttl * 1e6)), str(int(not_after * 1e6)), ticket,
+            hold._ear if ticket else "", self._info(hold),
+        )  # fmt: skip
+
+    def _info(self, hold: Hold) -> str:
+        return f"{_host()}\t{hold._pid}\t{self._label}\t{self._thread(hold._owner)}"
+
+    # Holding
+
+    def extend_steps(self, hold: Hold, ttl: Seconds | None) -> Steps[None]:
+        """Begin a lease anew; raises `LockLostError`."""
+        length = hold.ttl if ttl is None else _lease(ttl)
+        hold.check()
+        since = clock()
+        micros = max(1000, round(min(length, hold._end - since) * 1e6))
+        args = (hold.token, str(micros))
+        command: Command[list[int]] = Command(
+            args, (self.kind.key,), script=self.kind.extend, repeatable=True
+        )
+        gone = yield from ask(command)
+        if gone and not hold._released:
+            hold.tell_lost()
+        hold.check()
+        hold.ttl = length
+        hold.renewed(since, micros)
+        if self.renew or self._on_lost is not None:
+            self._watch(hold)
+
+    def release_steps(self, hold: Hold) -> Steps[None]:
+        """Give it back, once; raises `LockLostError` when it had been lost."""
+        if hold._released or hold._pid != os.getpid():
+            return
+        hold._depth -= 1
+        if hold._depth:
+            return
+        lost = hold.lost
+        hold._released = True
+        self.forget(hold)
+        if self._on_event is not None:
+            self._tell("held", clock() - hold._began)
+        lost = (yield from self._released(hold)) or lost
+        if lost:
+            hold._lost = True
+            if not hold._told:
+                hold.tell_lost()
+            raise hold.loss()
+
+    def _released(self, hold: Hold) -> Steps[bool]:
+        """Say that it is given back; return whether the server knows that it was lost.
+
+        What nobody has heard is said again in the background.
+        """
+        command = self.kind.release(hold.token, hold.fence, "")
+        doubt = False
+        try:
+            try:
+                code = yield command
+            except MaybeAppliedError:
+                doubt = True
+                code = yield command._replace(repeatable=True)
+        except AWAY as error:
+            self._give_up(hold)
+            _log.warning("lock %s: released in the background: %s", self.name, error)
+            return False
+        except GeneratorExit:
+            raise
+        except BaseException:
+            self._give_up(hold)
+            raise
+        # 2: it had been released before: by the copy whose reply was lost, if there was one.
+        return bool(code == 0 or (code == 2 and not doubt))
+
+    def show_steps(self) -> Steps[list[Holder]]:
+        """Say who holds it."""
+        reply = yield from ask(self.kind.show())
+        return holders(reply)
+
+    def force_steps(self) -> Steps[bool]:
+        """Take it away from whoever holds it."""
+        code = yield from ask(self.kind.release("", 0, "")._replace(repeatable=True))
+        return bool(code == 1)
+
+
+class _Forked(Exception):
+    """This process was forked while its parent acquired a lock."""
+
+
+# Values
+
+
+def holders(reply: list[Any]) -> list[Holder]:
+    """Read who holds a lock from the reply to `Kind.show`."""
+    found = []
+    for left, fence, info in zip(reply[2::3], reply[3::3], reply[4::3], strict=True):
+        holder = parse_info(info.decode("utf-8", "replace"), fence, left / 1e6)
+        found.append(holder or Holder("", 0, "", "", fence / 1e6, left / 1e6, fence))
+    return found
+
+
+def _wait_for(bell: Any, seconds: float) -> Steps[Any]:
+    return (yield Call(bell.wait, (seconds,)))
+
+
+def _lease(ttl: Seconds) -> float:
+    length = seconds(ttl, "ttl")
+    if not _SHORTEST <= length <= _LONGEST:
+        raise UsageError(f"a ttl is from 1 ms to 366 days, not {ttl!r}")
+    return length
+
+
+def _patience(wait: Seconds | None) -> float:
+    if wait is None:
+        return math.inf
+    return 0.0 if not isinstance(wait, bool) and wait == 0 else seconds(wait, "wait")
+
+
+def _label(label: Any) -> str:
+    if not isinstance(label, str) or len(label) > 256 or not label.isprintable():
+        raise UsageError(f"a label is printable text of at most 256 characters, not {label!r}")
+    return label
+
+
+@functools.cache
+def _host() -> str:
+    return socket.gethostname().replace("\t", " ")

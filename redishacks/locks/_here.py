@@ -1,0 +1,39 @@
+"""Which thread or task of this process holds which lock, so that none waits for itself."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Hashable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from redishacks.locks._core import Hold
+
+#: A lock of a server, and a thread or task.
+Place = tuple[Hashable, Hashable]
+
+
+class Here:
+    """What is held, by lock and by thread or task; it keeps no acquisition alive."""
+
+    def __init__(self) -> None:
+        self._holds: dict[Place, weakref.ref[Hold]] = {}
+
+    def find(self, place: Place) -> Hold | None:
+        """Return what a thread or task holds."""
+        ref = self._holds.get(place)
+        hold = None if ref is None else ref()
+        return hold if hold is not None and hold.held else None
+
+    def add(self, place: Place, hold: Hold) -> None:
+        """Take note of an acquisition."""
+        self._holds[place] = weakref.ref(hold)
+
+    def remove(self, place: Place, hold: Hold) -> None:
+        """Forget an acquisition, if it is still the one."""
+        ref = self._holds.get(place)
+        if ref is not None and ref() in (hold, None):
+            self._holds.pop(place, None)
+
+
+here = Here()

@@ -1,0 +1,221 @@
+"""What locks do in the background: begin leases anew, tell of lost ones, leave what is in doubt.
+
+One for all locks of a process on one server (for asyncio: and one loop):
+
+- leases are begun anew when a third of their time is over, many in one command;
+- a holder is told when its lease has ended, by this process's clock;
+- an acquisition that was given up is released until an answer was heard: its command may have been
+  applied, or be under way.
+"""
+
+from __future__ import annotations
+
+import heapq
+import logging
+import threading
+import weakref
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple, Protocol
+
+from redishacks._command import Command, Outcome, Script, Steps, ask_all
+from redishacks._errands import Errands
+from redishacks.errors import RedisHacksError, UnavailableError
+from redishacks.locks._clock import clock
+
+#: Leases that one command begins anew.
+_BATCH = 200
+#: Seconds that it stays at work when nothing is left to be done.
+_LINGER = 10.0
+#: Seconds until a failed renewal is tried again.
+_AGAIN = 0.25
+#: Acquisitions that wait to be left; of more the oldest end with their leases only.
+_MOST_LEAVING = 10_000
+
+_log = logging.getLogger("redishacks")
+
+
+class Kept(Protocol):
+    """A lease to look after."""
+
+    token: str
+
+    @property
+    def key(self) -> bytes:
+        """The lock."""
+
+    @property
+    def extend_script(self) -> Script:
+        """What begins the lease anew."""
+
+    @property
+    def slot(self) -> int:
+        """Leases of one slot may be begun anew by one command."""
+
+    def over(self, now: float) -> bool:
+        """Return whether the lease has ended without a release."""
+
+    def due(self) -> float | None:
+        """Return when to look at it next; None when never again."""
+
+    def wants(self, now: float) -> int | None:
+        """Return of how many µs a new lease should be, None when it is not time."""
+
+    def renewed(self, since: float, micros: int) -> None:
+        """Hear that a lease was asked for at that moment, and began."""
+
+    def ended(self, *, asked: bool) -> None:
+        """Hear that the lease has ended, as the server says or as the clock does."""
+
+
+class _Leaving(NamedTuple):
+    command: Command[int]
+    #: Until then a copy of the acquisition may arrive.
+    until: float
+
+
+class Keeper(Errands):
+    """What is to be done about leases, and when."""
+
+    what = "leases of locks"
+
+    def reset(self) -> None:
+        """Begin with nothing: at first, and in a forked child, which holds no lock."""
+        super().reset()
+        self._guard = threading.Lock()
+        self._times: list[float] = []
+        self._by_time: dict[float, list[weakref.ref[Kept]]] = {}
+        self._leaving: dict[str, _Leaving] = {}
+        self._unheard: set[str] = set()
+        self._busy_at = clock()
+
+    def keep(self, held: Kept, when: float) -> bool:
+        """Look at a lease at that time; return whether that is sooner than anything else."""
+        with self._guard:
+            refs = self._by_time.get(when)
+            if refs is None:
+                refs = self._by_time[when] = []
+                heapq.heappush(self._times, when)
+            refs.append(weakref.ref(held))
+            return self._times[0] == when
+
+    def leave(self, token: str, command: Command[int], until: float) -> None:
+        """Say this until somebody has heard it, and once more after that moment."""
+        while len(self._leaving) >= _MOST_LEAVING:
+            self.left(next(iter(self._leaving)))
+        self._unheard.add(token)
+        self._leaving[token] = _Leaving(command, until)
+
+    def left(self, token: str) -> None:
+        """Hear that it has been left for good."""
+        self._leaving.pop(token, None)
+        self._unheard.discard(token)
+
+    def waiting(self) -> int:
+        """Return how many acquisitions nobody has heard to be given up."""
+        return len(self._unheard)
+
+    def pause(self, linger: float) -> float | None:
+        """Return seconds until something is to be done."""
+        now = clock()
+        times = [self._times[0]] if self._times else []
+        if self._leaving:
+            times.append(now if self._unheard else min(e.until for e in self._leaving.values()))
+        if times:
+            self._busy_at = now
+            return max(0.0, min(min(times) - now, linger))
+        return linger if now < self._busy_at + _LINGER else None
+
+    def send(self) -> Steps[None]:
+        """Do all that is to be done now, in one exchange; raises when a node is away."""
+        self.error = None
+        now = clock()
+        batches = [] if self.closing else self._renewals(now)
+        leaving = {
+            token: each
+            for token, each in list(self._leaving.items())
+            if token in self._unheard or now >= each.until
+        }
+        commands: list[Command[Any]] = [command for command, _ in batches]
+        commands += [each.command for each in leaving.values()]
+        if not commands:
+            return
+        outcomes = yield from ask_all(commands)
+        for (_, batch), outcome in zip(batches, outcomes, strict=False):
+            self._settle(batch, now, outcome)
+        for (token, each), outcome in zip(leaving.items(), outcomes[len(batches) :], strict=True):
+            if isinstance(outcome.error, UnavailableError):
+                continue
+            self._unheard.discard(token)
+            if outcome.value == 1 or now >= each.until or outcome.error is not None:
+                self.left(token)
+        failed = [each.error for each in outcomes if isinstance(each.error, RedisHacksError)]
+        if failed:
+            self.error = failed[0]
+            raise failed[0]
+
+    def _renewals(self, now: float) -> list[tuple[Command[list[int]], list[tuple[Kept, int]]]]:
+        """Look at all that are due; return what begins leases anew."""
+        wanted: dict[tuple[Script, int], list[tuple[Kept, int]]] = defaultdict(list)
+        for held in self._due(now):
+            micros = held.wants(now)
+            if micros is not None:
+                wanted[held.extend_script, held.slot].append((held, micros))
+            else:
+                self._again(held, now)
+        return [
+            (_renewal(script, batch), batch)
+            for (script, _), group in wanted.items()
+            for batch in _in_batches(group)
+        ]
+
+    def _due(self, now: float) -> Iterable[Kept]:
+        while self._times and self._times[0] <= now:
+            with self._guard:
+                refs = self._by_time.pop(heapq.heappop(self._times))
+            for ref in refs:
+                held = ref()
+                if held is not None:
+                    yield held
+
+    def _again(self, held: Kept, now: float, not_before: float = 0.0) -> None:
+        if held.over(now):
+            _guarded(lambda: held.ended(asked=False))
+            return
+        when = held.due()
+        if when is not None:
+            self.keep(held, max(when, not_before))
+
+    def _settle(
+        self, batch: Sequence[tuple[Kept, int]], since: float, outcome: Outcome[list[int]]
+    ) -> None:
+        """Take note of what became of the renewal of these leases."""
+        now = clock()
+        if outcome.error is not None:
+            for held, _ in batch:
+                self._again(held, now, now + _AGAIN)
+            return
+        gone = set(outcome.result())
+        for place, (held, micros) in enumerate(batch, 1):
+            if place in gone:
+                _guarded(lambda held=held: held.ended(asked=True))  # type: ignore[misc]
+            else:
+                held.renewed(since, micros)
+                self._again(held, now)
+
+
+def _renewal(script: Script, batch: Sequence[tuple[Kept, int]]) -> Command[list[int]]:
+    keys = tuple(held.key for held, _ in batch)
+    args = tuple(word for held, micros in batch for word in (held.token, str(micros)))
+    return Command(args, keys, script=script, repeatable=True)
+
+
+def _in_batches(group: list[tuple[Kept, int]]) -> Iterable[list[tuple[Kept, int]]]:
+    return (group[at : at + _BATCH] for at in range(0, len(group), _BATCH))
+
+
+def _guarded(tell: Callable[[], None]) -> None:
+    try:
+        tell()
+    except Exception:
+        _log.exception("the on_lost callback of a lock failed")

@@ -1,0 +1,158 @@
+"""`held.transaction()`: commands that Redis carries out only while the lock is held.
+
+Commands are noted down first. At the end of the `with` they go through a redis-py pipeline: `WATCH`
+the lock, see that its token is ours, `MULTI`, the commands, `EXEC`. Whatever happens to the lock in
+between, be it that it ends, makes `EXEC` do nothing. So does a renewal: the lock is ours still, and
+the commands are tried again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import redis
+import redis.asyncio
+from redis.exceptions import ConnectionError as Broken
+from redis.exceptions import RedisError, WatchError
+from redis.exceptions import TimeoutError as Late
+
+from redishacks.errors import MaybeAppliedError, UnavailableError, UsageError
+from redishacks.locks._core import Hold
+
+#: What a pipeline has besides commands.
+_NO_COMMANDS = frozenset({"execute", "multi", "reset", "unwatch", "watch", "pipeline", "close"})
+
+
+class _Noted:
+    """Commands noted down, and what became of them."""
+
+    def __init__(self, hold: Hold, client: Any, *, own: bool) -> None:
+        #: The replies, once the `with` has ended.
+        self.results: list[Any] = []
+        self._hold = hold
+        self._client = client
+        #: The client is to be closed in the end.
+        self._own = own
+        self._scratch = client.pipeline()
+        self._calls: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = []
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        command = getattr(self._scratch, name)
+        if name.startswith("_") or name in _NO_COMMANDS or not callable(command):
+            raise UsageError(f"a transaction takes commands of redis-py's pipeline, not {name}")
+
+        def note(*args: Any, **options: Any) -> Any:
+            command(*args, **options)  # so that wrong arguments are told here
+            self._calls.append((name, args, options))
+            return self
+
+        return note
+
+    def _queue(self, pipe: Any, state: str | bytes | None) -> None:
+        """Queue the commands, if the lock is still ours."""
+        held_by = state.encode() if isinstance(state, str) else state or b""
+        if not held_by.startswith(self._hold.token.encode() + b" "):
+            self._hold.ended(asked=True)
+        self._hold.check()
+        pipe.multi()
+        for name, args, options in self._calls:
+            getattr(pipe, name)(*args, **options)
+
+    def _judge(self, error: RedisError, executing: bool) -> None:
+        """Return when the commands are to be tried again; else raise."""
+        if executing and isinstance(error, WatchError):
+            # redis-py raises the same when the connection broke while it waited for EXEC.
+            if not isinstance(error.__context__, Broken | Late):
+                return
+            raise MaybeAppliedError(
+                f"a transaction of lock {self._hold.name}: its reply was lost; it took effect once "
+                "or never"
+            ) from error
+        if isinstance(error, Broken | Late | WatchError):
+            raise UnavailableError(
+                f"a transaction of lock {self._hold.name}: Redis did not answer; nothing was done"
+            ) from error
+        raise error
+
+
+class Transaction(_Noted):
+    """Takes the commands of a redis-py pipeline, and carries them out at the end of the `with`."""
+
+    def __enter__(self) -> Transaction:
+        self._hold.check()
+        return self
+
+    def __exit__(self, kind: object, *raised: object) -> None:
+        try:
+            if kind is None and self._calls:
+                self._execute(self._hold.key)
+        finally:
+            if self._own:
+                self._client.close()
+
+    def _execute(self, key: bytes) -> None:
+        while True:
+            executing = False
+            with self._client.pipeline(transaction=True) as pipe:
+                try:
+                    pipe.watch(key)
+                    self._queue(pipe, pipe.get(key))
+                    executing = True
+                    self.results = pipe.execute()
+                    return
+                except RedisError as error:
+                    self._judge(error, executing)
+
+
+class AsyncTransaction(_Noted):
+    """`Transaction` for asyncio; commands are noted down without `await`."""
+
+    async def __aenter__(self) -> AsyncTransaction:
+        self._hold.check()
+        return self
+
+    async def __aexit__(self, kind: object, *raised: object) -> None:
+        try:
+            if kind is None and self._calls:
+                await self._execute(self._hold.key)
+        finally:
+            if self._own:
+                await self._client.aclose(close_connection_pool=True)
+
+    async def _execute(self, key: bytes) -> None:
+        while True:
+            executing = False
+            async with self._client.pipeline(transaction=True) as pipe:
+                try:
+                    await pipe.watch(key)
+                    self._queue(pipe, await pipe.get(key))
+                    executing = True
+                    self.results = await pipe.execute()
+                    return
+                except RedisError as error:
+                    self._judge(error, executing)
+
+
+def node_client(client: Any, key: bytes) -> tuple[Any, bool]:
+    """Return a redis-py client for the server that has a key, and whether it is to be closed."""
+    if isinstance(client, str):
+        return redis.Redis.from_url(client), True
+    if isinstance(client, redis.RedisCluster):
+        cluster: Any = client
+        return cluster.get_redis_connection(cluster.get_node_from_key(key)), False
+    return client, False
+
+
+def async_node_client(client: Any, key: bytes) -> tuple[Any, bool]:
+    """Return a redis-py client of asyncio for the server that has a key."""
+    if isinstance(client, str):
+        return redis.asyncio.Redis.from_url(client), True
+    if isinstance(client, redis.asyncio.RedisCluster):
+        cluster: Any = client
+        node = cluster.get_node_from_key(key)
+        pool = redis.asyncio.ConnectionPool(
+            connection_class=node.connection_class, **node.connection_kwargs
+        )
+        return redis.asyncio.Redis(connection_pool=pool), True
+    return client, False

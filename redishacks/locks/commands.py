@@ -1,0 +1,105 @@
+"""What locks say to Redis: keys and commands, as values."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, Protocol
+
+from redishacks import _keys
+from redishacks._command import Command, Script, script
+from redishacks._wake import Channels
+
+#: The tool's letter and the version of its keys.
+TOOL = "l1"
+#: A ticket of who does not want a lock unless it has it.
+MINE = "!"
+
+
+class Names:
+    """How the keys of a lock begin."""
+
+    def __init__(self, prefix: str, name: str, tag: str | None) -> None:
+        self.prefix = _keys.check_name(prefix, "prefix")
+        self.name = _keys.check_name(name, "name of a lock")
+        #: With a tag of its own the name stands behind it.
+        self._rest = () if tag is None else (self.name,)
+        self._tag = self.name if tag is None else _keys.check_name(tag, "tag")
+
+    def key(self, rest: str) -> bytes:
+        """Return a key of the lock."""
+        return _keys.make(self.prefix, TOOL, self._tag, *self._rest, rest)
+
+    def channels(self, process: str) -> Channels:
+        """Return where waiters of a process are told about the lock."""
+        everywhere = f"{self.prefix}:{TOOL}:wake:{process}"
+        return Channels(everywhere.encode(), self.key(f"wake:{process}"))
+
+
+class Ask(NamedTuple):
+    """An acquisition, as it is asked for."""
+
+    token: str
+    #: Of the lease, in µs.
+    ttl: str
+    #: Server's time in µs after which nothing is done.
+    not_after: str
+    #: "" does not wait, "0" does, else the ticket that was got; `MINE` for what is held already.
+    ticket: str
+    #: How a waiter is told, as `Wakeups.ear` gives it; "" for who does not wait.
+    ear: str
+    #: About who asks.
+    info: str
+
+
+class Kind(Protocol):
+    """One lock of any kind, as commands."""
+
+    #: Decides the node, and tells locks of one process apart.
+    key: bytes
+    #: Begins leases anew: `key ... token ttl ...`.
+    extend: Script
+
+    def acquire(self, ask: Ask) -> Command[list[Any]]:
+        """Take it, or stand in line; with the same token this may be said again.
+
+        Replies [1, now, fence] when it is taken; else [0, now, µs until a lease ends, place in
+        line, ticket, fence, info], or [-1, now] when it was too late, [-2, now] when the token was
+        released before.
+        """
+
+    def release(self, token: str, fence: int, ear: str) -> Command[int]:
+        """Give it back, or leave the line.
+
+        Replies 1 when it was held, 2 when it had been released before, 0 when it was lost.
+        """
+
+    def show(self) -> Command[list[Any]]:
+        """Say who holds it: [now, waiters, then µs left, fence and info of each holder]."""
+
+
+class Exclusive:
+    """A lock that one holds at a time."""
+
+    extend = script("lock_extend")
+
+    def __init__(self, names: Names, *, fair: bool) -> None:
+        self.key = names.key("lock")
+        self._keys = (self.key, names.key("line"))
+        self._mode = "f" if fair else "u"
+        self._barge = "0" if fair else "1"
+        self._acquire, self._release = script("lock_acquire"), script("lock_release")
+
+    def acquire(self, ask: Ask) -> Command[list[Any]]:
+        """Take it, or stand in line."""
+        token, ttl, not_after, ticket, ear, info = ask
+        entry = f"{token} {self._mode}{ear}" if ear else ""
+        args = (token, ttl, not_after, ticket, entry, info, self._barge)
+        return Command(args, self._keys, script=self._acquire, repeatable=True)
+
+    def release(self, token: str, fence: int, ear: str) -> Command[int]:
+        """Give it back, or leave the line; an empty token is whoever holds it."""
+        entry = f"{token} {self._mode}{ear}" if ear else ""
+        return Command((token, str(fence), entry), self._keys, script=self._release)
+
+    def show(self) -> Command[list[Any]]:
+        """Say who holds it."""
+        return Command((), self._keys, script=script("lock_show"), repeatable=True)

@@ -1,0 +1,104 @@
+"""`Held` and `AsyncHeld`: one acquisition of a lock, of whatever kind."""
+
+from __future__ import annotations
+
+from types import TracebackType
+
+from redishacks._drive import drive, drive_async
+from redishacks._units import Seconds
+from redishacks.locks._core import Hold
+from redishacks.locks._transaction import AsyncTransaction, Transaction
+from redishacks.locks.holder import LockLostError
+
+
+class Held(Hold):
+    """A lock that is held; a context manager that releases it."""
+
+    __slots__ = ()
+
+    def extend(self, ttl: Seconds | None = None) -> None:
+        """Begin the lease anew: it ends so many seconds from now, by default those it began with.
+
+        Raises `LockLostError` when the lock was lost, and `UnavailableError` when Redis cannot be
+        asked; the lease goes on until it ends. One round trip.
+        """
+        drive(self._core.extend_steps(self, ttl), self._core.transport, self._core.deadline)
+
+    def release(self) -> None:
+        """Give the lock back, to the next in line if there is one; again does no harm.
+
+        Raises `LockLostError` when it had been lost before. When Redis is away it is tried in the
+        background until somebody has heard it. Does nothing in a forked child. One round trip.
+        """
+        drive(self._core.release_steps(self), self._core.transport, self._core.deadline)
+
+    def transaction(self) -> Transaction:
+        """Return a context manager that takes commands of a redis-py pipeline.
+
+            with held.transaction() as pipe:
+                pipe.set("balance", 7)
+            pipe.results
+
+        They are carried out at the end of the `with`, all or none, and only if the lock is still
+        held then; else `LockLostError` is raised, and `MaybeAppliedError` when the last reply was
+        lost. After an exception in the body nothing is done. Runs on the client that the lock was
+        made with, with its timeouts; on a cluster keys need the lock's tag. Three round trips.
+        """
+        client, own = self._core.redis()
+        return Transaction(self, client, own=own)
+
+    def __enter__(self) -> Held:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        try:
+            self.release()
+        except LockLostError as loss:
+            noted(error, loss)
+
+
+class AsyncHeld(Hold):
+    """`Held` for asyncio."""
+
+    __slots__ = ()
+
+    async def extend(self, ttl: Seconds | None = None) -> None:
+        """Begin the lease anew, as `Held.extend`."""
+        core = self._core
+        await drive_async(core.extend_steps(self, ttl), core.transport, core.deadline)
+
+    async def release(self) -> None:
+        """Give the lock back, as `Held.release`."""
+        await drive_async(self._core.release_steps(self), self._core.transport, self._core.deadline)
+
+    def transaction(self) -> AsyncTransaction:
+        """Return an async context manager that takes commands, as `Held.transaction`."""
+        client, own = self._core.redis()
+        return AsyncTransaction(self, client, own=own)
+
+    async def __aenter__(self) -> AsyncHeld:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        try:
+            await self.release()
+        except LockLostError as loss:
+            noted(error, loss)
+
+
+def noted(error: BaseException | None, loss: LockLostError) -> None:
+    """Raise a loss, or attach it to the body's own exception, which always wins."""
+    if error is None:
+        raise loss
+    if not isinstance(error, LockLostError):
+        error.add_note(str(loss))

@@ -1,0 +1,66 @@
+"""Who holds a lock, and the errors that tell of it."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from redishacks.errors import RedisHacksError
+
+
+class Holder(NamedTuple):
+    """Who holds a lock, as it described itself."""
+
+    host: str
+    pid: int
+    #: Name of the thread or task.
+    thread: str
+    #: What the program calls itself: the lock's `label`.
+    label: str
+    #: Seconds since 1970 when it got the lock, by the server's clock.
+    since: float
+    #: Seconds until its lease ends.
+    remaining: float
+    fence: int
+
+    def __str__(self) -> str:
+        who = f"{self.label}, " if self.label else ""
+        return f"{who}process {self.pid} on {self.host}, {self.thread}"
+
+
+class LockedError(RedisHacksError):
+    """Somebody else holds the lock, and did all the time that was waited.
+
+    `name` is the lock's, `holder` who has it (None when it was just handed over, and for several
+    holders), `remaining` the seconds until its lease ends at the latest.
+    """
+
+    def __init__(self, message: str, name: str, holder: Holder | None, remaining: float) -> None:
+        super().__init__(message)
+        self.name = name
+        self.holder = holder
+        self.remaining = remaining
+
+
+class SelfDeadlockError(LockedError):
+    """This very thread or task holds the lock and asked for it again; nobody was asked."""
+
+
+class LockLostError(RedisHacksError):
+    """The lock was lost before its release: somebody else may have it, or have had it.
+
+    `name` is the lock's. What was done meanwhile may have been done by two at once.
+    """
+
+    def __init__(self, message: str, name: str) -> None:
+        super().__init__(message)
+        self.name = name
+
+
+def parse_info(info: str, fence: int, remaining: float) -> Holder | None:
+    """Read what a holder wrote about itself; None when it has not come to that."""
+    parts = info.split("\t", 3)
+    if len(parts) != 4 or not parts[1].isdigit():
+        return None
+    host, pid, label, thread = parts
+    # A fence is the server's time in µs, unless its clock was set back.
+    return Holder(host, int(pid), thread, label, fence / 1e6, remaining, fence)

@@ -1,0 +1,22 @@
+-- Begin the leases of locks anew.
+--
+-- EVALSHA sha n lock ...  token ttl ...
+-- KEYS[i]  lock: as in lock_acquire.lua
+-- token    of the acquisition that holds it; ttl: µs from now
+-- Reply: {i, ...}: which of them, from 1, are held by it no longer
+
+local call, sub, match, format = redis.call, string.sub, string.match, string.format
+local time = call('TIME')
+local now = time[1] * 1000000 + time[2]
+local gone = {}
+for i, lock in ipairs(KEYS) do
+  local token, ttl = ARGV[2 * i - 1], tonumber(ARGV[2 * i])
+  local state = call('GET', lock)
+  if state and sub(state, 1, #token + 1) == token .. ' ' then
+    local value = format('%s %d %d %s', token, now + ttl, ttl, match(state, '^%S+ %d+ %d+ (.*)$'))
+    call('SET', lock, value, 'PX', ttl < 86400000000 and '172800000' or format('%d', ttl / 500))
+  else
+    gone[#gone + 1] = i
+  end
+end
+return gone

@@ -1,0 +1,50 @@
+-- Included by scripts about locks: who waits in line, and how they are told. Not a script by itself.
+--
+-- A line is a sorted set: entry -> ticket, which is µs since 1970 when it began to wait.
+-- An entry is "token mode kind channel", without blanks between mode, kind and channel:
+--   mode  f  the lock is handed over to it    u  it is told that the lock is free, and may lose it
+--   kind  p  told by PUBLISH    s  by SPUBLISH    -  nobody can tell it: it looks every so often
+-- What is told is "token µs": something happened (0), or look again in so many µs.
+
+local CLAIM = 200000 -- µs that a lock is kept for somebody it was handed over to
+
+local function tell(entry, micros) -- whether anybody listens
+  local token, kind, channel = string.match(entry, '^(%S+) .(.)(.*)$')
+  if kind == '-' then
+    return true
+  end
+  local verb = kind == 's' and 'SPUBLISH' or 'PUBLISH'
+  return call(verb, channel, string.format('%s %d', token, micros)) > 0
+end
+
+-- The first in line who is there, and its mode; one to whom a lock is handed over leaves the line.
+local function first_in(line, own)
+  while true do
+    local entry = call('ZRANGE', line, 0, 0)[1]
+    if not entry then
+      return nil
+    end
+    local token, mode = string.match(entry, '^(%S+) (.)')
+    if token == own or tell(entry, 0) then
+      if mode == 'f' or token == own then
+        call('ZREM', line, entry)
+      end
+      return token, mode, entry
+    end
+    call('ZREM', line, entry)
+  end
+end
+
+-- Have the next in line look again: whoever the lock was handed over to may be unable to. Another
+-- thread of the same process would be no better.
+local function warn_next(line, before, micros)
+  local same = before and string.match(before, '^%S+ .(.*)$')
+  for _, entry in ipairs(call('ZRANGE', line, 0, 7)) do
+    if entry ~= before and string.match(entry, '^%S+ .(.*)$') ~= same then
+      if tell(entry, micros) then
+        return
+      end
+      call('ZREM', line, entry)
+    end
+  end
+end
