@@ -36,12 +36,13 @@ def script(name: str) -> Script:
 
     A line `--@ include other` stands for all that is in `lua/other.lua`.
     """
-    folder = resources.files("redishacks").joinpath("lua")
-    source = _INCLUDE.sub(
-        lambda found: folder.joinpath(f"{found[1].decode()}.lua").read_bytes(),
-        folder.joinpath(f"{name}.lua").read_bytes(),
-    )
+    source = _source(name)
     return Script(name, source, hashlib.sha1(source, usedforsecurity=False).hexdigest().encode())
+
+
+def _source(name: str) -> bytes:
+    file = resources.files("redishacks").joinpath("lua", f"{name}.lua")
+    return _INCLUDE.sub(lambda found: _source(found[1].decode()), file.read_bytes())
 
 
 def as_is(reply: Any) -> Any:

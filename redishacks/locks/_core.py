@@ -11,7 +11,7 @@ import socket
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable
-from typing import Any, Generic, NoReturn, TypeVar, cast
+from typing import Any, Generic, NoReturn, TypedDict, TypeVar, cast
 
 from redishacks._command import Call, Command, Script, Steps, ask, ask_all
 from redishacks._slots import key_slot
@@ -99,6 +99,7 @@ class Hold:
         "_owner",
         "_pid",
         "_released",
+        "_renew",
         "_station",
         "_told",
         "_until",
@@ -109,7 +110,7 @@ class Hold:
 
     def __init__(self, core: Core[Any], station: AnyStation, owner: Hashable, ttl: float) -> None:
         #: Names this acquisition; `Lock.adopt` takes it in another process.
-        self.token = station.token()
+        self.token = core.kind.mark + station.token()
         #: A number that grows from holder to holder; 0 until it is held.
         self.fence = 0
         #: Seconds of its lease.
@@ -124,6 +125,7 @@ class Hold:
         self._ear = ""
         #: How many times over it is held, by reentrance.
         self._depth = 1
+        self._renew = bool(core.renew)
         self._doubt = self._released = self._lost = self._told = False
 
     def __repr__(self) -> str:
@@ -204,14 +206,14 @@ class Hold:
         """Return when to look at it next; None when never again."""
         if self._released or self._told:
             return None
-        if self._core.renew and self._until < self._end:
+        if self._renew and self._until < self._end:
             grid = self.ttl / _TOGETHER
             return math.ceil((self._asked + self.ttl / 3) / grid) * grid
         return self._until
 
     def wants(self, now: float) -> int | None:
         """Return of how many µs a new lease should be, None when it is not time."""
-        renewable = self._core.renew and not self._released and not self._lost
+        renewable = self._renew and not self._released and not self._lost
         if not renewable or now >= self._until or self._until >= self._end:
             return None
         if now < self._asked + self.ttl / 3:
@@ -252,8 +254,27 @@ class Hold:
 # The lock
 
 
+class Options(TypedDict, total=False):
+    """What locks of all kinds may be told, as `Lock` says."""
+
+    wait: Seconds | None
+    ttl: Seconds
+    renew: bool
+    max_hold: Seconds | None
+    reentrant: bool
+    replicas: int
+    on_lost: Callable[[Any], object] | None
+    on_event: OnEvent | None
+    label: str
+    deadline: Seconds
+    on_command: Hook | None
+
+
 class Core(ABC, Generic[T]):
     """A lock of any kind."""
+
+    #: A thread or task that has it would wait for itself if it asked again.
+    _alone = True
 
     def __init__(
         self,
@@ -261,17 +282,17 @@ class Core(ABC, Generic[T]):
         names: Names,
         kind: Kind,
         *,
-        wait: Seconds | None,
-        ttl: Seconds,
-        renew: bool,
-        max_hold: Seconds | None,
-        reentrant: bool,
-        replicas: int,
-        on_lost: Callable[[Any], object] | None,
-        on_event: OnEvent | None,
-        label: str,
-        deadline: Seconds,
-        on_command: Hook | None,
+        wait: Seconds | None = 0.0,
+        ttl: Seconds = 10.0,
+        renew: bool = False,
+        max_hold: Seconds | None = None,
+        reentrant: bool = False,
+        replicas: int = 0,
+        on_lost: Callable[[Any], object] | None = None,
+        on_event: OnEvent | None = None,
+        label: str = "",
+        deadline: Seconds = 1.0,
+        on_command: Hook | None = None,
     ) -> None:
         self.name = names.name
         self.kind = kind
@@ -383,7 +404,7 @@ class Core(ABC, Generic[T]):
         length = self.ttl if ttl is None else _lease(ttl)
         patience = self.wait if wait is UNSET else _patience(wait)
         owner = self._owner()
-        mine = here.find((self._here, owner))
+        mine = here.find((self._here, owner)) if self._alone else None
         if mine is not None:
             return self._nested(cast("H", mine))
         began = clock()
@@ -410,7 +431,8 @@ class Core(ABC, Generic[T]):
         hold = kind(self, self._station(), owner, self.ttl)
         hold.token = token
         since = clock()
-        reply = yield from ask(self.kind.acquire(self._ask(hold, MINE)))
+        command = self.kind.acquire(self._ask(hold, MINE))
+        reply = yield from ask(command._replace(repeatable=True))
         if reply[0] != 1:
             hold._lost = True
             raise hold.loss()
@@ -437,6 +459,8 @@ class Core(ABC, Generic[T]):
         """Ask until the lock is taken, or the wait is over."""
         try:
             yield from self._ask_and_wait(hold, end)
+        except LockedError:
+            raise  # it has left the line
         except GeneratorExit:
             raise  # nobody is there to go on: the lease ends by itself
         except BaseException:
@@ -528,9 +552,9 @@ class Core(ABC, Generic[T]):
             self._tell("contended", 0.0)
         _, _, left, _, _, fence, info = reply
         holder = parse_info(info.decode("utf-8", "replace"), fence, left / 1e6)
-        who = holder or "somebody whom it was just handed over to"
+        state = self.kind.taken() if holder is None else f"is held by {holder}"
         raise LockedError(
-            f"lock {self.name} is held by {who}, for {left / 1e6:.3g} s or until it is released",
+            f"lock {self.name} {state}, for {left / 1e6:.3g} s or until a release",
             self.name, holder, left / 1e6,
         )  # fmt: skip
 
@@ -631,14 +655,13 @@ class Core(ABC, Generic[T]):
         self.forget(hold)
         if self._on_event is not None:
             self._tell("held", clock() - hold._began)
-        lost = (yield from self._released(hold)) or lost
-        if lost:
+        if (yield from self._given_back(hold)) or lost:
             hold._lost = True
             if not hold._told:
                 hold.tell_lost()
             raise hold.loss()
 
-    def _released(self, hold: Hold) -> Steps[bool]:
+    def _given_back(self, hold: Hold) -> Steps[bool]:
         """Say that it is given back; return whether the server knows that it was lost.
 
         What nobody has heard is said again in the background.

@@ -57,6 +57,8 @@ class Kind(Protocol):
     key: bytes
     #: Begins leases anew: `key ... token ttl ...`.
     extend: Script
+    #: What its tokens begin with.
+    mark: str
 
     def acquire(self, ask: Ask) -> Command[list[Any]]:
         """Take it, or stand in line; with the same token this may be said again.
@@ -75,11 +77,14 @@ class Kind(Protocol):
     def show(self) -> Command[list[Any]]:
         """Say who holds it: [now, waiters, then µs left, fence and info of each holder]."""
 
+    def taken(self) -> str:
+        """Say in words that somebody, who is not known, has it."""
+
 
 class Exclusive:
     """A lock that one holds at a time."""
 
-    extend = script("lock_extend")
+    mark = ""
 
     def __init__(self, names: Names, *, fair: bool) -> None:
         self.key = names.key("lock")
@@ -87,13 +92,14 @@ class Exclusive:
         self._mode = "f" if fair else "u"
         self._barge = "0" if fair else "1"
         self._acquire, self._release = script("lock_acquire"), script("lock_release")
+        self.extend = script("lock_extend")
 
     def acquire(self, ask: Ask) -> Command[list[Any]]:
         """Take it, or stand in line."""
         token, ttl, not_after, ticket, ear, info = ask
         entry = f"{token} {self._mode}{ear}" if ear else ""
         args = (token, ttl, not_after, ticket, entry, info, self._barge)
-        return Command(args, self._keys, script=self._acquire, repeatable=True)
+        return Command(args, self._keys, script=self._acquire)
 
     def release(self, token: str, fence: int, ear: str) -> Command[int]:
         """Give it back, or leave the line; an empty token is whoever holds it."""
@@ -103,3 +109,39 @@ class Exclusive:
     def show(self) -> Command[list[Any]]:
         """Say who holds it."""
         return Command((), self._keys, script=script("lock_show"), repeatable=True)
+
+    def taken(self) -> str:
+        """Say in words that somebody, who is not known, has it."""
+        return "was just handed over to somebody"
+
+
+class Shared:
+    """A lock that several hold at a time: `most` of them, 0 for any number; or one alone."""
+
+    def __init__(self, names: Names, rest: str, *, most: int, alone: bool = False) -> None:
+        self.key = names.key(rest)
+        self.mark = "w" if alone else "r"
+        self._keys = (self.key, names.key(f"{rest}:line"), names.key(f"{rest}:about"))
+        self._most = str(most)
+        self._acquire, self._release = script("share_acquire"), script("share_release")
+        self.extend = script("share_extend")
+
+    def acquire(self, ask: Ask) -> Command[list[Any]]:
+        """Take it, or stand in line."""
+        token, ttl, not_after, ticket, ear, info = ask
+        entry = f"{token} f{ear}" if ear else ""
+        args = (token, ttl, not_after, ticket, entry, info, self._most)
+        return Command(args, self._keys, script=self._acquire)
+
+    def release(self, token: str, fence: int, ear: str) -> Command[int]:
+        """Give it back, or leave the line; an empty token is everybody who holds it."""
+        entry = f"{token} f{ear}" if ear else ""
+        return Command((token, str(fence), entry, self._most), self._keys, script=self._release)
+
+    def show(self) -> Command[list[Any]]:
+        """Say who holds it."""
+        return Command((), self._keys, script=script("share_show"), repeatable=True)
+
+    def taken(self) -> str:
+        """Say in words that somebody, who is not known, has it."""
+        return "is held by several" if self._most == "0" else f"has all its {self._most} in use"

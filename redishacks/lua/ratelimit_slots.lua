@@ -1,8 +1,7 @@
 -- At most so many at once: who holds a place, and until when.
 --
 -- EVALSHA sha 1 slots  verb token lease most  [now]
--- KEYS[1]  slots: sorted set, token -> µs since 1970 when its lease ends; TTL until the last one has.
---          A token that left for good has a negative score: its place is refused until -score
+-- KEYS[1]  slots: sorted set as in holders.lua; TTL until the last lease has ended
 -- verb     enter    take a place unless `most` are taken; for a token that has one: all is well
 --          renew    begin the lease anew; one that has ended stays lost
 --          leave    give the place back
@@ -26,14 +25,7 @@ if not now then
   now = time[1] * 1000000 + time[2]
 end
 
-local function after(time) -- `..` would round it
-  return string.format('(%.0f', time)
-end
-
-local function ends(first) -- µs until the lease ends that has `first` others before it
-  local found = redis.call('ZRANGEBYSCORE', key, after(now), '+inf', 'WITHSCORES', 'LIMIT', first, 1)
-  return found[2] and found[2] - now or 0
-end
+--@ include holders
 
 -- After a step of the clock back leases end too late: none may last longer than it is long.
 local function shorten()
@@ -42,15 +34,6 @@ local function shorten()
     if whole then
       redis.call('ZADD', key, 'XX', 'LT', now + whole, other)
     end
-  end
-end
-
-local function expire()
-  local left = redis.call('ZRANGE', key, 0, 0, 'WITHSCORES')
-  local last = redis.call('ZRANGE', key, -1, -1, 'WITHSCORES')
-  if last[2] then
-    local rest = math.max(-left[2], tonumber(last[2])) - now
-    redis.call('PEXPIRE', key, math.max(1, math.ceil(rest / 1000)))
   end
 end
 
@@ -67,7 +50,7 @@ local done = 0
 if verb == 'enter' then
   redis.call('ZREMRANGEBYSCORE', key, string.format('%.0f', -now), string.format('%.0f', now))
   shorten()
-  if own > now or own >= -now and redis.call('ZCOUNT', key, after(now), '+inf') < most then
+  if own > now or own >= -now and count(key, now) < most then
     redis.call('ZADD', key, now + lease, token)
     done = 1
   end
@@ -81,14 +64,14 @@ elseif verb == 'abandon' then
   done = own > now and 1 or 0
 end
 if verb ~= 'peek' and (done == 1 or verb == 'abandon' or redis.call('PTTL', key) == -1) then
-  expire()
+  expire(key, now)
 end
 
-local holders = redis.call('ZCOUNT', key, after(now), '+inf')
+local holders = count(key, now)
 local retry = 0
 if most == 0 then
   retry = -1
 elseif holders >= most then
-  retry = ends(holders - most)
+  retry = ends(key, now, holders - most)
 end
-return {now, done, holders, retry, ends(0), ends(math.max(0, holders - 1))}
+return {now, done, holders, retry, ends(key, now, 0), ends(key, now, math.max(0, holders - 1))}

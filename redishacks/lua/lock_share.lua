@@ -1,0 +1,84 @@
+-- Included by scripts about locks that several may hold. Not a script by itself.
+--
+-- A token begins with r for one who shares it with others, w for one who has it alone. In line all w
+-- stand before all r. About each holder the hash has "fence length info"; `fence` is the last one.
+
+--@ include holders
+
+--@ include lock_line
+
+local GONE = 3600000000 -- µs that it is remembered who has lost it
+local holders, line, about, most = KEYS[1], KEYS[2], KEYS[3], nil
+
+-- Leases that have ended are lost, and none may be longer than it is long: after a step of the
+-- clock back.
+local function settle(now)
+  for _, token in ipairs(call('ZRANGEBYSCORE', holders, '0', string.format('%d', now))) do
+    call('ZADD', holders, -(now + GONE), token)
+    call('HDEL', about, token)
+  end
+  call('ZREMRANGEBYSCORE', holders, string.format('%d', -now), '0')
+  local longest = call('ZRANGE', holders, -1, -1, 'WITHSCORES')
+  if longest[2] then
+    local length = string.match(call('HGET', about, longest[1]) or '', '^%d+ (%d+)')
+    if length and longest[2] - now > tonumber(length) then
+      for _, token in ipairs(call('ZRANGEBYSCORE', holders, after(now), '+inf')) do
+        length = string.match(call('HGET', about, token) or '', '^%d+ (%d+)')
+        if length then
+          call('ZADD', holders, 'LT', string.format('%d', now + length), token)
+        end
+      end
+    end
+  end
+end
+
+local function room(token, now) -- whether there is room for it beside those who hold it now
+  local held = count(holders, now)
+  if held == 0 then
+    return true
+  elseif string.byte(token) == 119 then -- w
+    return false
+  end
+  local first = call('ZRANGEBYSCORE', holders, after(now), '+inf', 'LIMIT', 0, 1)[1]
+  return string.byte(first) ~= 119 and (most == 0 or held < most)
+end
+
+local function hold(token, micros, now, info)
+  local fence = tonumber((string.match(call('HGET', about, token) or '', '^(%d+)')))
+  if not fence then
+    fence = math.max(now, (call('HGET', about, 'fence') or 0) + 1)
+    call('HSET', about, 'fence', string.format('%d', fence))
+  end
+  call('HSET', about, token, string.format('%d %d %s', fence, micros, info))
+  call('ZADD', holders, string.format('%d', now + micros), token)
+  return fence
+end
+
+-- Hand it over to those in line for whom there is room; return whether `own` is among them.
+local function admit(own, now)
+  local last
+  local entry = call('ZRANGE', line, 0, 0)[1]
+  while entry do
+    local token = string.match(entry, '^%S+')
+    if not room(token, now) then
+      break
+    end
+    call('ZREM', line, entry)
+    if token == own then
+      return true
+    elseif tell(entry, 0) then
+      hold(token, CLAIM, now, '')
+      last = entry
+    end
+    entry = call('ZRANGE', line, 0, 0)[1]
+  end
+  if last then
+    warn_next(line, last, CLAIM)
+  end
+  return false
+end
+
+local function keep(now, micros)
+  expire(holders, now)
+  call('PEXPIRE', about, string.format('%d', math.max(172800000, micros / 500)))
+end
