@@ -51,15 +51,9 @@ class SyncCore(Core[SyncTransport]):
     def _post(self, hold: Hold, command: Command[int]) -> None:
         """Nothing goes behind what was sent: its connection is closed."""
 
-    def _wrapped(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        if inspect.iscoroutinefunction(function):
-            raise UsageError(f"{function!r} is async: use Async{type(self).__name__} for it")
-
-        def locked(*args: Any, **kwargs: Any) -> Any:
-            with self.acquire():
-                return function(*args, **kwargs)
-
-        return locked
+    def wrapped(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Return a function that holds the lock while it runs."""
+        return wrapped(self, function)
 
     def acquire(self, *, wait: Seconds | None = UNSET, ttl: Seconds | None = None) -> Held:
         """Get the lock, or raise `LockedError`; `wait` and `ttl` replace the lock's own this time.
@@ -90,9 +84,7 @@ class SyncCore(Core[SyncTransport]):
         return drive(self.force_steps(), self.transport, self.deadline)
 
     def __enter__(self) -> Held:
-        held = self.acquire()
-        self._entered.setdefault(threading.current_thread(), []).append(held)
-        return held
+        return self.entered.push(threading.current_thread(), self.acquire())
 
     def __exit__(
         self,
@@ -100,7 +92,7 @@ class SyncCore(Core[SyncTransport]):
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self.left(threading.current_thread()).__exit__(kind, error, trace)
+        self.entered.pop(threading.current_thread()).__exit__(kind, error, trace)
 
 
 class AsyncCore(Core[AsyncTransport]):
@@ -132,16 +124,9 @@ class AsyncCore(Core[AsyncTransport]):
 
             future.add_done_callback(heard)
 
-    def _wrapped(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        if not inspect.iscoroutinefunction(function):
-            name = type(self).__name__.removeprefix("Async")
-            raise UsageError(f"{function!r} is not async: use {name} for it")
-
-        async def locked(*args: Any, **kwargs: Any) -> Any:
-            async with await self.acquire():
-                return await function(*args, **kwargs)
-
-        return locked
+    def wrapped(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Return a function that holds the lock while it runs."""
+        return async_wrapped(self, function)
 
     async def acquire(
         self, *, wait: Seconds | None = UNSET, ttl: Seconds | None = None
@@ -166,9 +151,7 @@ class AsyncCore(Core[AsyncTransport]):
         return await drive_async(self.force_steps(), self.transport, self.deadline)
 
     async def __aenter__(self) -> AsyncHeld:
-        held = await self.acquire()
-        self._entered.setdefault(asyncio.current_task(), []).append(held)
-        return held
+        return self.entered.push(asyncio.current_task(), await self.acquire())
 
     async def __aexit__(
         self,
@@ -176,5 +159,33 @@ class AsyncCore(Core[AsyncTransport]):
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        held: AsyncHeld = self.left(asyncio.current_task())
+        held: AsyncHeld = self.entered.pop(asyncio.current_task())
         await held.__aexit__(kind, error, trace)
+
+
+# Decorators
+
+
+def wrapped(lock: Any, function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a function that holds something while it runs; raises `UsageError`."""
+    if inspect.iscoroutinefunction(function):
+        raise UsageError(f"{function!r} is async: use Async{type(lock).__name__} for it")
+
+    def locked(*args: Any, **kwargs: Any) -> Any:
+        with lock.acquire():
+            return function(*args, **kwargs)
+
+    return locked
+
+
+def async_wrapped(lock: Any, function: Callable[..., Any]) -> Callable[..., Any]:
+    """The same for async functions."""
+    if not inspect.iscoroutinefunction(function):
+        name = type(lock).__name__.removeprefix("Async")
+        raise UsageError(f"{function!r} is not async: use {name} for it")
+
+    async def locked(*args: Any, **kwargs: Any) -> Any:
+        async with await lock.acquire():
+            return await function(*args, **kwargs)
+
+    return locked

@@ -10,8 +10,8 @@ import os
 import socket
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable
-from typing import Any, Generic, NoReturn, TypedDict, TypeVar, cast
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, Generic, NoReturn, Protocol, TypedDict, TypeVar, cast
 
 from redishacks._command import Call, Command, Script, Steps, ask, ask_all
 from redishacks._slots import key_slot
@@ -63,6 +63,7 @@ AWAY = (UnavailableError, MaybeAppliedError)
 #: "waited", "held" or "lost" and how many seconds; "contended" when somebody else has it.
 OnEvent = Callable[[str, str, float], object]
 
+E = TypeVar("E")
 F = TypeVar("F", bound=Callable[..., Any])
 H = TypeVar("H", bound="Hold")
 T = TypeVar("T", bound=SyncTransport | AsyncTransport)
@@ -171,6 +172,11 @@ class Hold:
         if not self.held:
             raise self.loss()
 
+    def _redis(self) -> tuple[Any, bool]:
+        if self._core.kind.mark:
+            raise UsageError("a transaction needs a Lock or a MultiLock: one that is held alone")
+        return self._core.redis()
+
     def loss(self) -> LockLostError:
         """Return what to raise about a lock that is not held any more."""
         if self._pid != os.getpid():
@@ -218,15 +224,28 @@ class Hold:
             return None
         if now < self._asked + self.ttl / 3:
             return None
-        return max(1000, round(min(self.ttl, self._end - now) * 1e6))
+        return self.micros(self.ttl, now)
+
+    def micros(self, length: float, now: float) -> int:
+        """Return how many µs a lease may last that begins now."""
+        return max(1000, round(min(length, self._end - now) * 1e6))
+
+    def keep_on(self, on: bool) -> None:
+        """Have the lease begun anew in the background, or no more."""
+        self._renew = on
+        self.watched()
+
+    def watched(self) -> None:
+        """See that somebody looks after the lease, if anybody has to."""
+        self._core.watch(self)
 
     def renewed(self, since: float, micros: int) -> None:
         """Hear that a lease was asked for at that moment, and began."""
         self._asked = since
         self._until = min(since + micros / 1e6 * _SKEW, self._end)
 
-    def ended(self, *, asked: bool) -> None:
-        """Hear that the lease has ended, as the server says or as the clock does."""
+    def ended(self) -> None:
+        """Hear that the lease has ended."""
         if self._released or self._pid != os.getpid():
             return  # a renewal that came after the release says nothing
         self._lost = True
@@ -243,6 +262,23 @@ class Hold:
             self._end = since + end
             self._until = min(self._until, self._end)
 
+    def end(self) -> bool:
+        """Take note of a release; return whether the server is to be told of it."""
+        if self._released or self._pid != os.getpid():
+            return False
+        self._depth -= 1
+        if self._depth:
+            return False
+        self._lost = self.lost
+        self._released = True
+        self._core.released(self)
+        return True
+
+    @property
+    def was_lost(self) -> bool:
+        """Whether it was lost before its release."""
+        return self._lost
+
     def tell_lost(self) -> None:
         """Tell whoever wants to know, once."""
         self._lost = True
@@ -252,6 +288,26 @@ class Hold:
 
 
 # The lock
+
+
+class Entered:
+    """What threads or tasks hold by `with lock`, whose exit gets no handle."""
+
+    def __init__(self) -> None:
+        self._holds: dict[Hashable, list[Any]] = {}
+
+    def push(self, owner: Hashable, held: E) -> E:
+        """Take note of a `with` that begins; return what it holds."""
+        self._holds.setdefault(owner, []).append(held)
+        return held
+
+    def pop(self, owner: Hashable) -> Any:
+        """Return what the `with` holds that ends: the last that began."""
+        holds = self._holds[owner]
+        held = holds.pop()
+        if not holds:
+            del self._holds[owner]
+        return held
 
 
 class Options(TypedDict, total=False):
@@ -325,7 +381,7 @@ class Core(ABC, Generic[T]):
         self.slot = key_slot(kind.key) if bare.clustered else 0
         self._where: Command[Any] = Command((), (kind.key,))
         self._here: Hashable = (bare.server, kind.key)
-        self._entered: dict[Hashable, list[Any]] = {}
+        self.entered = Entered()
 
     @abstractmethod
     def _connect(self, client: Any, on_command: Hook | None) -> Any:
@@ -352,7 +408,7 @@ class Core(ABC, Generic[T]):
         """Return a redis-py client for the server of the lock, and whether it is to be closed."""
 
     @abstractmethod
-    def _wrapped(self, function: Callable[..., Any]) -> Callable[..., Any]:
+    def wrapped(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """Return a function that holds the lock while it runs."""
 
     def __repr__(self) -> str:
@@ -365,23 +421,19 @@ class Core(ABC, Generic[T]):
         Raises `UsageError` for a function of the other colour, and for a generator, which would
         not run inside.
         """
-        if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
-            raise UsageError(f"{function!r} is a generator: hold the lock with `with` inside of it")
-        return cast("F", functools.wraps(function)(self._wrapped(function)))
+        return decorated(self, function)
 
     # For handles
-
-    def left(self, owner: Hashable) -> Any:
-        """Return what this thread or task holds by `with lock`, the last first."""
-        holds = self._entered[owner]
-        hold = holds.pop()
-        if not holds:
-            del self._entered[owner]
-        return hold
 
     def forget(self, hold: Hold) -> None:
         """Take note that an acquisition holds no more."""
         here.remove((self._here, hold._owner), hold)
+
+    def released(self, hold: Hold) -> None:
+        """Take note of a release."""
+        self.forget(hold)
+        if self._on_event is not None:
+            self._tell("held", clock() - hold._began)
 
     def lost(self, hold: Hold) -> None:
         """Tell whoever wants to know that a lock was lost."""
@@ -402,7 +454,7 @@ class Core(ABC, Generic[T]):
     def acquire_steps(self, kind: type[H], wait: Any, ttl: Seconds | None) -> Steps[H]:
         """Get the lock, now or within the wait; raises `LockedError`."""
         length = self.ttl if ttl is None else _lease(ttl)
-        patience = self.wait if wait is UNSET else _patience(wait)
+        patience = self.patience(wait)
         owner = self._owner()
         mine = here.find((self._here, owner)) if self._alone else None
         if mine is not None:
@@ -418,10 +470,31 @@ class Core(ABC, Generic[T]):
             if self._replicas:
                 yield from self._replicate(hold)
             break
-        self._settled(hold)
+        self.settle(hold)
         if self._on_event is not None and patience:
             self._tell("waited", clock() - began)
         return hold
+
+    def patience(self, wait: Any) -> float:
+        """Return how many seconds to wait."""
+        return self.wait if wait is UNSET else _patience(wait)
+
+    def fresh(self, kind: type[H], ttl: Seconds | None) -> H:
+        """Return an acquisition to begin with; raises `SelfDeadlockError`."""
+        owner = self._owner()
+        mine = here.find((self._here, owner))
+        if mine is not None:
+            self._nested(mine)
+        return kind(self, self._station(), owner, self.ttl if ttl is None else _lease(ttl))
+
+    def begin(self, hold: Hold, fence: int, since: float) -> None:
+        """Take note that it is held since it was asked for at that moment."""
+        hold.begin(fence, since, self._most)
+        self.settle(hold)
+
+    def learn(self, now: int) -> None:
+        """Take note of the server's time."""
+        self._skew = now / 1e6 - time.time()
 
     def adopt_steps(self, kind: type[H], token: str) -> Steps[H]:
         """Hold what another process has acquired; raises `LockLostError`."""
@@ -431,25 +504,26 @@ class Core(ABC, Generic[T]):
         hold = kind(self, self._station(), owner, self.ttl)
         hold.token = token
         since = clock()
-        command = self.kind.acquire(self._ask(hold, MINE))
+        command = self.kind.acquire(self.asking(hold, MINE))
         reply = yield from ask(command._replace(repeatable=True))
         if reply[0] != 1:
             hold._lost = True
             raise hold.loss()
-        hold.begin(reply[2], since, self._most)
-        self._settled(hold)
+        self.begin(hold, reply[2], since)
         return hold
 
-    def _settled(self, hold: Hold) -> None:
+    def settle(self, hold: Hold) -> None:
         """Take note that this thread or task holds it from now on."""
         here.add((self._here, hold._owner), hold)
-        if self.renew or self._on_lost is not None:
-            self._watch(hold)
+        self.watch(hold)
 
     def _nested(self, mine: H) -> H:
-        if not self._reentrant:
+        # Who shares a lock cannot have it alone without giving it back first.
+        more = mine._core.kind.mark == "r" and self.kind.mark == "w"
+        if more or not self._reentrant:
+            way = "release it first" if more else "reentrant=True allows that"
             raise SelfDeadlockError(
-                f"lock {self.name} is held by this very thread or task; reentrant=True allows that",
+                f"lock {self.name} is held by this very thread or task: {way}",
                 self.name, None, mine.remaining,
             )  # fmt: skip
         mine._depth += 1
@@ -465,7 +539,7 @@ class Core(ABC, Generic[T]):
             raise  # nobody is there to go on: the lease ends by itself
         except BaseException:
             if hold._pid == os.getpid():
-                self._give_up(hold)
+                self.give_up(hold)
             raise
         finally:
             if hold._ear:
@@ -493,7 +567,7 @@ class Core(ABC, Generic[T]):
             if since >= end:
                 if ticket:
                     yield from self._leave_line(hold)
-                self._refuse(hold, reply)
+                self.refuse(hold, reply)
             if bell is None:
                 self._tell("contended", 0.0)
                 bell = wakeups.enter(hold.token)
@@ -511,7 +585,7 @@ class Core(ABC, Generic[T]):
         began = clock()
         pause, longest = _PAUSES
         while True:
-            asking = self._ask(hold, ticket)
+            asking = self.asking(hold, ticket)
             try:
                 reply: list[Any] = yield self.kind.acquire(asking)
             except AWAY as error:
@@ -526,7 +600,7 @@ class Core(ABC, Generic[T]):
                     yield from _wait_for(bell, min(pause, left))
                     pause = min(2 * pause, longest)
                 continue
-            self._skew = reply[1] / 1e6 - time.time()
+            self.learn(reply[1])
             if reply[0] != -1:
                 return reply
             if clock() >= began + self.deadline + _GRACE:
@@ -545,9 +619,9 @@ class Core(ABC, Generic[T]):
             if micros is not None:  # somebody has a moment to take it
                 look = min(look, clock() + micros / 1e6 + _APART)
 
-    def _refuse(self, hold: Hold, reply: list[Any]) -> NoReturn:
+    def refuse(self, hold: Hold, reply: list[Any]) -> NoReturn:
         if hold._doubt:  # an earlier copy may be under way
-            self._give_up(hold)
+            self.give_up(hold)
         if not hold._ear:
             self._tell("contended", 0.0)
         _, _, left, _, _, fence, info = reply
@@ -558,7 +632,7 @@ class Core(ABC, Generic[T]):
             self.name, holder, left / 1e6,
         )  # fmt: skip
 
-    def _give_up(self, hold: Hold) -> None:
+    def give_up(self, hold: Hold) -> None:
         """Leave an acquisition of which a command may have arrived, or arrive yet."""
         command = self.kind.release(hold.token, 0, hold._ear)._replace(repeatable=True)
         try:
@@ -572,12 +646,12 @@ class Core(ABC, Generic[T]):
         try:
             yield from ask(command)
         except AWAY:
-            self._give_up(hold)
+            self.give_up(hold)
 
     def _replicate(self, hold: Hold) -> Steps[None]:
         """Wait until enough replicas have the lock; else give it back."""
         written: list[Any] = []
-        write: Any = self.kind.acquire(self._ask(hold, MINE))
+        write: Any = self.kind.acquire(self.asking(hold, MINE))
         write = write._replace(parse=written.append)
         patience = str(max(1, round(self.deadline * 500)))
         # WAIT counts the writes of its own connection only: in vain before the write has gone well.
@@ -589,14 +663,14 @@ class Core(ABC, Generic[T]):
             outcomes = yield from ask_all([write, count])
             have = outcomes[1].result()
         except RedisHacksError as error:
-            self._give_up(hold)
+            self.give_up(hold)
             raise UnavailableError(
                 f"lock {self.name}: replicas were not heard of: {error}"
             ) from error
         except GeneratorExit:
             raise
         except BaseException:
-            self._give_up(hold)
+            self.give_up(hold)
             raise
         if have < self._replicas:
             yield from self._leave_line(hold)
@@ -604,15 +678,17 @@ class Core(ABC, Generic[T]):
                 f"lock {self.name}: only {have} of {self._replicas} replicas have it in time"
             )
 
-    def _watch(self, hold: Hold) -> None:
-        when = hold.due()
-        if when is not None:
-            hold._station.keep(hold, when)
+    def watch(self, hold: Hold) -> None:
+        """See that somebody looks after a lease, if it is renewed or its end is to be told."""
+        if hold._renew or self._on_lost is not None:
+            when = hold.due()
+            if when is not None:
+                hold._station.keep(hold, when)
 
     def _channels(self, wakeups: Any) -> Channels:
         return self._names.channels(wakeups.name)
 
-    def _ask(self, hold: Hold, ticket: str) -> Ask:
+    def asking(self, hold: Hold, ticket: str) -> Ask:
         not_after = time.time() + self._skew + self.deadline + _GRACE
         return Ask(
             hold.token, str(round(hold.ttl * 1e6)), str(int(not_after * 1e6)), ticket,
@@ -626,65 +702,53 @@ class Core(ABC, Generic[T]):
 
     def extend_steps(self, hold: Hold, ttl: Seconds | None) -> Steps[None]:
         """Begin a lease anew; raises `LockLostError`."""
-        length = hold.ttl if ttl is None else _lease(ttl)
-        hold.check()
-        since = clock()
-        micros = max(1000, round(min(length, hold._end - since) * 1e6))
-        args = (hold.token, str(micros))
-        command: Command[list[int]] = Command(
-            args, (self.kind.key,), script=self.kind.extend, repeatable=True
-        )
-        gone = yield from ask(command)
-        if gone and not hold._released:
-            hold.tell_lost()
-        hold.check()
-        hold.ttl = length
-        hold.renewed(since, micros)
-        if self.renew or self._on_lost is not None:
-            self._watch(hold)
+        yield from extend_all_steps((hold,), ttl)
 
     def release_steps(self, hold: Hold) -> Steps[None]:
         """Give it back, once; raises `LockLostError` when it had been lost."""
-        if hold._released or hold._pid != os.getpid():
+        if not hold.end():
             return
-        hold._depth -= 1
-        if hold._depth:
-            return
-        lost = hold.lost
-        hold._released = True
-        self.forget(hold)
-        if self._on_event is not None:
-            self._tell("held", clock() - hold._began)
-        if (yield from self._given_back(hold)) or lost:
-            hold._lost = True
-            if not hold._told:
-                hold.tell_lost()
+        lost = hold.was_lost
+        try:
+            code = yield self.giving_back(hold)
+        except MaybeAppliedError:
+            lost = (yield from self.release_again(hold)) or lost
+        except UnavailableError as error:
+            self.release_later(hold, error)
+        except GeneratorExit:
+            raise  # nobody is there to go on: the lease ends by itself
+        except BaseException:
+            self.give_up(hold)
+            raise
+        else:
+            lost = code != 1 or lost
+        if lost:
+            hold.tell_lost()
             raise hold.loss()
 
-    def _given_back(self, hold: Hold) -> Steps[bool]:
-        """Say that it is given back; return whether the server knows that it was lost.
+    def giving_back(self, hold: Hold) -> Command[int]:
+        """Return what gives it back."""
+        return self.kind.release(hold.token, hold.fence, "")
 
-        What nobody has heard is said again in the background.
-        """
-        command = self.kind.release(hold.token, hold.fence, "")
-        doubt = False
+    def release_again(self, hold: Hold) -> Steps[bool]:
+        """Say again that it is given back, after a lost reply; return whether it had been lost."""
         try:
-            try:
-                code = yield command
-            except MaybeAppliedError:
-                doubt = True
-                code = yield command._replace(repeatable=True)
-        except AWAY as error:
-            self._give_up(hold)
-            _log.warning("lock %s: released in the background: %s", self.name, error)
+            code = yield self.giving_back(hold)._replace(repeatable=True)
+        except UnavailableError as error:
+            self.release_later(hold, error)
             return False
         except GeneratorExit:
             raise
         except BaseException:
-            self._give_up(hold)
+            self.give_up(hold)
             raise
-        # 2: it had been released before: by the copy whose reply was lost, if there was one.
-        return bool(code == 0 or (code == 2 and not doubt))
+        # 2: it was released before, by the copy whose reply was lost.
+        return bool(code == 0)
+
+    def release_later(self, hold: Hold, error: Exception) -> None:
+        """Have it given back in the background: nobody was there to hear of it."""
+        self.give_up(hold)
+        _log.warning("lock %s: released in the background: %s", self.name, error)
 
     def show_steps(self) -> Steps[list[Holder]]:
         """Say who holds it."""
@@ -699,6 +763,43 @@ class Core(ABC, Generic[T]):
 
 class _Forked(Exception):
     """This process was forked while its parent acquired a lock."""
+
+
+def extend_all_steps(holds: Sequence[Hold], ttl: Seconds | None) -> Steps[None]:
+    """Begin leases of one kind anew, in one command; raises `LockLostError`."""
+    for hold in holds:
+        hold.check()
+    since = clock()
+    lengths = [hold.ttl if ttl is None else _lease(ttl) for hold in holds]
+    micros = [hold.micros(length, since) for hold, length in zip(holds, lengths, strict=True)]
+    keys = tuple(hold.key for hold in holds)
+    args = tuple(w for hold, m in zip(holds, micros, strict=True) for w in (hold.token, str(m)))
+    extend = holds[0].extend_script
+    command: Command[list[int]] = Command(args, keys, script=extend, repeatable=True)
+    gone = yield from ask(command)
+    for at, (hold, length, each) in enumerate(zip(holds, lengths, micros, strict=True), 1):
+        if at in gone:
+            hold.ended()
+        else:
+            hold.ttl = length
+            hold.renewed(since, each)
+            hold.watched()
+    for hold in holds:
+        hold.check()
+
+
+class Wrapping(Protocol):
+    """Something that a function may hold while it runs."""
+
+    def wrapped(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Return a function that holds it while it runs."""
+
+
+def decorated(lock: Wrapping, function: F) -> F:
+    """Return a function that holds a lock while it runs; raises `UsageError`."""
+    if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
+        raise UsageError(f"{function!r} is a generator: hold the lock with `with` inside of it")
+    return cast("F", functools.wraps(function)(lock.wrapped(function)))
 
 
 # Values

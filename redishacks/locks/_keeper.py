@@ -64,8 +64,8 @@ class Kept(Protocol):
     def renewed(self, since: float, micros: int) -> None:
         """Hear that a lease was asked for at that moment, and began."""
 
-    def ended(self, *, asked: bool) -> None:
-        """Hear that the lease has ended, as the server says or as the clock does."""
+    def ended(self) -> None:
+        """Hear that the lease has ended."""
 
 
 class _Leaving(NamedTuple):
@@ -180,7 +180,7 @@ class Keeper(Errands):
 
     def _again(self, held: Kept, now: float, not_before: float = 0.0) -> None:
         if held.over(now):
-            _guarded(lambda: held.ended(asked=False))
+            _guarded(lambda: held.ended())
             return
         when = held.due()
         if when is not None:
@@ -198,7 +198,7 @@ class Keeper(Errands):
         gone = set(outcome.result())
         for place, (held, micros) in enumerate(batch, 1):
             if place in gone:
-                _guarded(lambda held=held: held.ended(asked=True))  # type: ignore[misc]
+                _guarded(lambda held=held: held.ended())  # type: ignore[misc]
             else:
                 held.renewed(since, micros)
                 self._again(held, now)

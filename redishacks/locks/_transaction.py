@@ -8,7 +8,7 @@ the commands are tried again.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import redis
@@ -27,10 +27,11 @@ _NO_COMMANDS = frozenset({"execute", "multi", "reset", "unwatch", "watch", "pipe
 class _Noted:
     """Commands noted down, and what became of them."""
 
-    def __init__(self, hold: Hold, client: Any, *, own: bool) -> None:
+    def __init__(self, holds: Sequence[Hold], client: Any, *, own: bool) -> None:
         #: The replies, once the `with` has ended.
         self.results: list[Any] = []
-        self._hold = hold
+        self._holds = holds
+        self._keys = [hold.key for hold in holds]
         self._client = client
         #: The client is to be closed in the end.
         self._own = own
@@ -49,30 +50,33 @@ class _Noted:
 
         return note
 
-    def _queue(self, pipe: Any, state: str | bytes | None) -> None:
-        """Queue the commands, if the lock is still ours."""
-        held_by = state.encode() if isinstance(state, str) else state or b""
-        if not held_by.startswith(self._hold.token.encode() + b" "):
-            self._hold.ended(asked=True)
-        self._hold.check()
+    def _check(self) -> None:
+        for hold in self._holds:
+            hold.check()
+
+    def _queue(self, pipe: Any, states: Sequence[str | bytes | None]) -> None:
+        """Queue the commands, if all is still ours."""
+        for hold, state in zip(self._holds, states, strict=True):
+            held_by = state.encode() if isinstance(state, str) else state or b""
+            if not held_by.startswith(hold.token.encode() + b" "):
+                hold.ended()
+        self._check()
         pipe.multi()
         for name, args, options in self._calls:
             getattr(pipe, name)(*args, **options)
 
     def _judge(self, error: RedisError, executing: bool) -> None:
         """Return when the commands are to be tried again; else raise."""
+        what = f"a transaction of lock {self._holds[0].name}"
         if executing and isinstance(error, WatchError):
             # redis-py raises the same when the connection broke while it waited for EXEC.
             if not isinstance(error.__context__, Broken | Late):
                 return
             raise MaybeAppliedError(
-                f"a transaction of lock {self._hold.name}: its reply was lost; it took effect once "
-                "or never"
+                f"{what}: its reply was lost; it took effect once or never"
             ) from error
         if isinstance(error, Broken | Late | WatchError):
-            raise UnavailableError(
-                f"a transaction of lock {self._hold.name}: Redis did not answer; nothing was done"
-            ) from error
+            raise UnavailableError(f"{what}: Redis did not answer; nothing was done") from error
         raise error
 
 
@@ -80,24 +84,24 @@ class Transaction(_Noted):
     """Takes the commands of a redis-py pipeline, and carries them out at the end of the `with`."""
 
     def __enter__(self) -> Transaction:
-        self._hold.check()
+        self._check()
         return self
 
     def __exit__(self, kind: object, *raised: object) -> None:
         try:
             if kind is None and self._calls:
-                self._execute(self._hold.key)
+                self._execute()
         finally:
             if self._own:
                 self._client.close()
 
-    def _execute(self, key: bytes) -> None:
+    def _execute(self) -> None:
         while True:
             executing = False
             with self._client.pipeline(transaction=True) as pipe:
                 try:
-                    pipe.watch(key)
-                    self._queue(pipe, pipe.get(key))
+                    pipe.watch(*self._keys)
+                    self._queue(pipe, pipe.mget(self._keys))
                     executing = True
                     self.results = pipe.execute()
                     return
@@ -109,24 +113,24 @@ class AsyncTransaction(_Noted):
     """`Transaction` for asyncio; commands are noted down without `await`."""
 
     async def __aenter__(self) -> AsyncTransaction:
-        self._hold.check()
+        self._check()
         return self
 
     async def __aexit__(self, kind: object, *raised: object) -> None:
         try:
             if kind is None and self._calls:
-                await self._execute(self._hold.key)
+                await self._execute()
         finally:
             if self._own:
                 await self._client.aclose(close_connection_pool=True)
 
-    async def _execute(self, key: bytes) -> None:
+    async def _execute(self) -> None:
         while True:
             executing = False
             async with self._client.pipeline(transaction=True) as pipe:
                 try:
-                    await pipe.watch(key)
-                    self._queue(pipe, await pipe.get(key))
+                    await pipe.watch(*self._keys)
+                    self._queue(pipe, await pipe.mget(self._keys))
                     executing = True
                     self.results = await pipe.execute()
                     return

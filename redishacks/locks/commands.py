@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
 from redishacks import _keys
@@ -100,6 +101,18 @@ class Exclusive:
         entry = f"{token} {self._mode}{ear}" if ear else ""
         args = (token, ttl, not_after, ticket, entry, info, self._barge)
         return Command(args, self._keys, script=self._acquire)
+
+    def acquire_all(
+        self, others: Sequence[Exclusive], tokens: Sequence[str], ask: Ask
+    ) -> Command[list[Any]]:
+        """Take this lock and others, all or none.
+
+        Replies [1, now, fence, ...], or when lock i, from 1, is not free [0, now, i, µs until a
+        lease ends, fence, info]; [-1, now] and [-2, now] as `acquire`.
+        """
+        keys = tuple(key for lock in (self, *others) for key in lock._keys)
+        args = (ask.ttl, ask.not_after, ask.info, self._barge, *tokens)
+        return Command(args, keys, script=script("lock_acquire_all"))
 
     def release(self, token: str, fence: int, ear: str) -> Command[int]:
         """Give it back, or leave the line; an empty token is whoever holds it."""

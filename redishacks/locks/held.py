@@ -44,8 +44,8 @@ class Held(Hold):
         lost. After an exception in the body nothing is done. Runs on the client that the lock was
         made with, with its timeouts; on a cluster keys need the lock's tag. Three round trips.
         """
-        client, own = self._core.redis()
-        return Transaction(self, client, own=own)
+        client, own = self._redis()
+        return Transaction((self,), client, own=own)
 
     def __enter__(self) -> Held:
         return self
@@ -78,8 +78,8 @@ class AsyncHeld(Hold):
 
     def transaction(self) -> AsyncTransaction:
         """Return an async context manager that takes commands, as `Held.transaction`."""
-        client, own = self._core.redis()
-        return AsyncTransaction(self, client, own=own)
+        client, own = self._redis()
+        return AsyncTransaction((self,), client, own=own)
 
     async def __aenter__(self) -> AsyncHeld:
         return self

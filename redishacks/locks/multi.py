@@ -1,0 +1,351 @@
+"""`MultiLock`: several locks at once, all or none.
+
+    with MultiLock(client, ["account:1", "account:2"], wait=5) as held:
+        held.fences["account:1"]
+        held.check()
+
+They are the locks that `Lock` knows by these names. When all are free they are taken in one round
+trip. Else, with a wait, it stands in line for one after the other, in the order of their names, so
+that no two wait for each other; what it has it keeps meanwhile.
+
+On a cluster all must live on one node: give them a `tag` in common, which a `Lock` of one of them
+then needs as well.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import math
+import threading
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from types import TracebackType
+from typing import Any, Generic, TypeVar, Unpack, cast
+
+from redishacks._command import Outcome, Steps, ask_all
+from redishacks._drive import drive, drive_async
+from redishacks._units import Seconds
+from redishacks.errors import MaybeAppliedError, UnavailableError, UsageError
+from redishacks.locks._clock import clock
+from redishacks.locks._colours import async_wrapped, wrapped
+from redishacks.locks._core import (
+    UNSET,
+    Core,
+    Entered,
+    F,
+    Hold,
+    Options,
+    decorated,
+    extend_all_steps,
+)
+from redishacks.locks._transaction import AsyncTransaction, Transaction
+from redishacks.locks.commands import Exclusive
+from redishacks.locks.held import AsyncHeld, Held, noted
+from redishacks.locks.holder import LockedError, LockLostError
+from redishacks.locks.lock import AsyncLock, Lock
+
+H = TypeVar("H", Held, AsyncHeld)
+L = TypeVar("L", Lock, AsyncLock)
+
+
+# What is held
+
+
+class _Several(Generic[H]):
+    """Several locks that are held."""
+
+    def __init__(self, parts: Sequence[H]) -> None:
+        #: A handle for each lock, in the order of their names.
+        self.parts: tuple[H, ...] = tuple(parts)
+        self._core = _core(parts[0])
+
+    def __repr__(self) -> str:
+        names = ", ".join(part.name for part in self.parts)
+        return f"<{type(self).__name__} of {names}: {'held' if self.held else 'not held'}>"
+
+    @property
+    def remaining(self) -> float:
+        """Seconds until the first lease ends; 0.0 when any is not held."""
+        return min(part.remaining for part in self.parts)
+
+    @property
+    def held(self) -> bool:
+        """Whether all are held, as far as this process knows. No round trip."""
+        return all(part.held for part in self.parts)
+
+    @property
+    def fences(self) -> dict[str, int]:
+        """The fence of each lock, by its name."""
+        return {part.name: part.fence for part in self.parts}
+
+    def check(self) -> None:
+        """Raise `LockLostError` unless all are held, as far as this process knows."""
+        for part in self.parts:
+            part.check()
+
+
+def release_all_steps(parts: Sequence[Hold]) -> Steps[None]:
+    """Give all back in one exchange; raises `LockLostError` when any had been lost."""
+    ending = [part for part in parts if part.end()]
+    if not ending:
+        return
+    try:
+        outcomes = yield from ask_all([_core(part).giving_back(part) for part in ending])
+    except GeneratorExit:
+        raise  # nobody is there to go on: the leases end by themselves
+    except BaseException:
+        for part in ending:
+            _core(part).give_up(part)
+        raise
+    losses = []
+    for part, outcome in zip(ending, outcomes, strict=True):
+        if (yield from _lost(part, outcome)):
+            part.tell_lost()
+            losses.append(part.loss())
+    if losses:
+        raise losses[0]
+
+
+def _core(part: Hold) -> Core[Any]:
+    return part._core
+
+
+def _lost(part: Hold, outcome: Outcome[int]) -> Steps[bool]:
+    core = _core(part)
+    if isinstance(outcome.error, MaybeAppliedError):
+        return (yield from core.release_again(part)) or part.was_lost
+    if isinstance(outcome.error, UnavailableError):
+        core.release_later(part, outcome.error)
+        return part.was_lost
+    return outcome.result() != 1 or part.was_lost
+
+
+class MultiHeld(_Several[Held]):
+    """Several locks that are held; a context manager that releases them."""
+
+    def extend(self, ttl: Seconds | None = None) -> None:
+        """Begin all leases anew, as `Held.extend`. One round trip."""
+        drive(extend_all_steps(self.parts, ttl), self._core.transport, self._core.deadline)
+
+    def release(self) -> None:
+        """Give all back, as `Held.release`. One round trip."""
+        drive(release_all_steps(self.parts), self._core.transport, self._core.deadline)
+
+    def transaction(self) -> Transaction:
+        """Return what carries out commands only while all are held, as `Held.transaction`."""
+        client, own = self._core.redis()
+        return Transaction(self.parts, client, own=own)
+
+    def __enter__(self) -> MultiHeld:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        try:
+            self.release()
+        except LockLostError as loss:
+            noted(error, loss)
+
+
+class AsyncMultiHeld(_Several[AsyncHeld]):
+    """`MultiHeld` for asyncio."""
+
+    async def extend(self, ttl: Seconds | None = None) -> None:
+        """Begin all leases anew, as `Held.extend`."""
+        core = self._core
+        await drive_async(extend_all_steps(self.parts, ttl), core.transport, core.deadline)
+
+    async def release(self) -> None:
+        """Give all back, as `Held.release`."""
+        await drive_async(release_all_steps(self.parts), self._core.transport, self._core.deadline)
+
+    def transaction(self) -> AsyncTransaction:
+        """Return what carries out commands only while all are held, as `Held.transaction`."""
+        client, own = self._core.redis()
+        return AsyncTransaction(self.parts, client, own=own)
+
+    async def __aenter__(self) -> AsyncMultiHeld:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        try:
+            await self.release()
+        except LockLostError as loss:
+            noted(error, loss)
+
+
+# What is acquired
+
+
+class _Multi(Generic[L]):
+    """What both colours share."""
+
+    _kind: type[L]
+
+    def __init__(
+        self,
+        client: Any,
+        names: Sequence[str],
+        *,
+        fair: bool = True,
+        prefix: str = "rh",
+        tag: str | None = None,
+        **options: Unpack[Options],
+    ) -> None:
+        if isinstance(names, str) or not names:
+            raise UsageError(f"a MultiLock takes a list of one name or more, not {names!r}")
+        if options.get("reentrant") or options.get("replicas"):
+            raise UsageError("a MultiLock is not reentrant, and does not wait for replicas")
+        #: One for each name, in their order.
+        self.locks: list[L] = [
+            self._kind(client, name, fair=fair, prefix=prefix, tag=tag, **options)
+            for name in sorted(dict.fromkeys(names))
+        ]
+        if len({lock.slot for lock in self.locks}) > 1:
+            raise UsageError("on a cluster a MultiLock needs a tag, which puts all on one node")
+        self._entered = Entered()
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {', '.join(lock.name for lock in self.locks)}>"
+
+    def __call__(self, function: F) -> F:
+        """Decorate a function: it holds all locks while it runs."""
+        return decorated(self, function)
+
+    @abstractmethod
+    def wrapped(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Return a function that holds all locks while it runs."""
+
+    def acquire_steps(self, kind: type[H], wait: Any, ttl: Seconds | None) -> Steps[list[H]]:
+        """Get all locks, now or within the wait; raises `LockedError`."""
+        end = clock() + self.locks[0].patience(wait)
+        holds = [lock.fresh(kind, ttl) for lock in self.locks]
+        refused = yield from self._all_at_once(holds)
+        if refused is None:
+            return holds
+        at, reply = refused
+        if clock() >= end:
+            self.locks[at].refuse(holds[at], reply)
+        got: list[H] = []
+        try:
+            for lock in self.locks:
+                left = None if end == math.inf else max(0.0, end - clock())
+                got.append((yield from lock.acquire_steps(kind, left, ttl)))
+                got[-1].keep_on(True)
+            for hold in got:
+                hold.keep_on(self.locks[0].renew)
+            yield from extend_all_steps(got, ttl)
+        except LockedError:
+            with contextlib.suppress(LockLostError):
+                yield from release_all_steps(got)
+            raise
+        except GeneratorExit:
+            raise  # nobody is there to go on: the leases end by themselves
+        except BaseException:
+            for lock, hold in zip(self.locks, got, strict=False):
+                if hold.end():
+                    lock.give_up(hold)
+            raise
+        return got
+
+    def _all_at_once(self, holds: Sequence[Hold]) -> Steps[tuple[int, list[Any]] | None]:
+        """Take all that are free, if all are; else return which is not, and what is known of it."""
+        first = self.locks[0]
+        kind, *others = [cast("Exclusive", lock.kind) for lock in self.locks]
+        tokens = [hold.token for hold in holds]
+        doubt = False
+        try:
+            while True:
+                since = clock()
+                command = kind.acquire_all(others, tokens, first.asking(holds[0], ""))
+                try:
+                    reply = yield command._replace(repeatable=doubt)
+                except MaybeAppliedError:
+                    doubt = True
+                    continue
+                first.learn(reply[1])
+                if reply[0] != -1:
+                    break
+        except GeneratorExit:
+            raise  # nobody is there to go on: the leases end by themselves
+        except BaseException:
+            self._give_up(holds)
+            raise
+        if reply[0] == 1:
+            for lock, hold, fence in zip(self.locks, holds, reply[2:], strict=True):
+                lock.begin(hold, fence, since)
+            return None
+        if doubt or reply[0] == -2:  # an earlier copy may be under way
+            self._give_up(holds)
+        if reply[0] == -2:
+            raise UnavailableError("locks were taken away before their reply arrived")
+        _, now, at, left, fence, info = reply
+        return at - 1, [0, now, left, -1, b"", fence, info]
+
+    def _give_up(self, holds: Sequence[Hold]) -> None:
+        for lock, hold in zip(self.locks, holds, strict=True):
+            lock.give_up(hold)
+
+
+class MultiLock(_Multi[Lock]):
+    """Several locks at once, all or none; all other arguments are those of `Lock`."""
+
+    _kind = Lock
+
+    def acquire(self, *, wait: Seconds | None = UNSET, ttl: Seconds | None = None) -> MultiHeld:
+        """Get all locks, or raise `LockedError` with one that somebody has, as `Lock.acquire`."""
+        lock = self.locks[0]
+        return MultiHeld(drive(self.acquire_steps(Held, wait, ttl), lock.transport, lock.deadline))
+
+    def wrapped(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Return a function that holds all locks while it runs."""
+        return wrapped(self, function)
+
+    def __enter__(self) -> MultiHeld:
+        return self._entered.push(threading.current_thread(), self.acquire())
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._entered.pop(threading.current_thread()).__exit__(kind, error, trace)
+
+
+class AsyncMultiLock(_Multi[AsyncLock]):
+    """`MultiLock` for asyncio: takes `redis.asyncio` twins of its clients, or a URL."""
+
+    _kind = AsyncLock
+
+    async def acquire(
+        self, *, wait: Seconds | None = UNSET, ttl: Seconds | None = None
+    ) -> AsyncMultiHeld:
+        """Get all locks, or raise `LockedError` with one that somebody has, as `Lock.acquire`."""
+        lock, steps = self.locks[0], self.acquire_steps(AsyncHeld, wait, ttl)
+        return AsyncMultiHeld(await drive_async(steps, lock.transport, lock.deadline))
+
+    def wrapped(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Return a function that holds all locks while it runs."""
+        return async_wrapped(self, function)
+
+    async def __aenter__(self) -> AsyncMultiHeld:
+        return self._entered.push(asyncio.current_task(), await self.acquire())
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        await self._entered.pop(asyncio.current_task()).__aexit__(kind, error, trace)
