@@ -48,6 +48,9 @@ class AsyncTransport(Protocol):
 
 def perform(effect: Effect, transport: Transport | None, deadline: float) -> Any:
     """Carry out one effect."""
+    if type(effect) is Command:  # by far the most
+        assert transport is not None
+        return transport.call(effect, deadline)
     if isinstance(effect, Call):
         return effect.function(*effect.args)
     if isinstance(effect, Sleep):
@@ -60,7 +63,7 @@ def perform(effect: Effect, transport: Transport | None, deadline: float) -> Any
             asked = pool.submit(transport.run, effect.ask.commands, deadline)
             called = effect.call.function(*effect.call.args)
         return called, asked.result()
-    return transport.call(effect, deadline)
+    raise TypeError(effect)
 
 
 async def perform_async(effect: Effect, transport: AsyncTransport | None, deadline: float) -> Any:

@@ -6,14 +6,12 @@ import functools
 import inspect
 import logging
 import math
-import os
-import socket
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, Generic, NoReturn, Protocol, TypedDict, TypeVar, cast
 
-from redishacks._command import Call, Command, Script, Steps, ask, ask_all
+from redishacks._command import Call, Command, Script, Sleep, Steps, ask, ask_all
 from redishacks._slots import key_slot
 from redishacks._transport import AsyncTransport, Hook, SyncTransport
 from redishacks._units import Seconds, seconds
@@ -87,47 +85,32 @@ UNSET: Any = _Unset()
 class Hold:
     """One acquisition of a lock: what is known about it in this process."""
 
-    __slots__ = (
-        "__weakref__",
-        "_asked",
-        "_began",
-        "_core",
-        "_depth",
-        "_doubt",
-        "_ear",
-        "_end",
-        "_lost",
-        "_owner",
-        "_pid",
-        "_released",
-        "_renew",
-        "_station",
-        "_told",
-        "_until",
-        "fence",
-        "token",
-        "ttl",
-    )
+    #: A number that grows from holder to holder; 0 until it is held.
+    fence = 0
+    _asked = _began = _until = 0.0
+    _end = math.inf
+    #: How a waiter is told; "" for one that is not in line.
+    _ear = ""
+    #: How many times over it is held, by reentrance.
+    _depth = 1
+    #: A command may have arrived whose reply was lost.
+    _doubt = False
+    _released = _lost = _told = False
+    #: When the keeper looks at it next.
+    kept_until = math.inf
 
     def __init__(self, core: Core[Any], station: AnyStation, owner: Hashable, ttl: float) -> None:
         #: Names this acquisition; `Lock.adopt` takes it in another process.
         self.token = core.kind.mark + station.token()
-        #: A number that grows from holder to holder; 0 until it is held.
-        self.fence = 0
         #: Seconds of its lease.
         self.ttl = ttl
         self._core = core
         self._station = station
         self._owner = owner
-        self._pid = os.getpid()
-        self._asked = self._began = self._until = 0.0
-        self._end = math.inf
-        #: How a waiter is told; "" for one that is not in line.
-        self._ear = ""
-        #: How many times over it is held, by reentrance.
-        self._depth = 1
-        self._renew = bool(core.renew)
-        self._doubt = self._released = self._lost = self._told = False
+        self._keeper = keeper = station.keeper
+        #: Another one in a forked child: what is held there is the parent's.
+        self._process = keeper.process
+        self._renew = core.renew
 
     def __repr__(self) -> str:
         state = "released" if self._released else "lost" if self.lost else "held"
@@ -151,6 +134,11 @@ class Hold:
         return str(self._core.name)
 
     @property
+    def inherited(self) -> bool:
+        """Whether this is a forked child's copy of what its parent holds."""
+        return self._process is not self._keeper.process
+
+    @property
     def remaining(self) -> float:
         """Seconds until the lease ends, by this process's clock; 0.0 when it is not held."""
         return 0.0 if self._released or self.lost else max(0.0, self._until - clock())
@@ -160,7 +148,7 @@ class Hold:
         """Whether the lease ended before the release; always so in a forked child."""
         if not self._released and not self._lost and clock() >= self._until:
             self._lost = True
-        return self._lost or self._pid != os.getpid()
+        return self._lost or self._process is not self._keeper.process
 
     @property
     def held(self) -> bool:
@@ -179,7 +167,7 @@ class Hold:
 
     def loss(self) -> LockLostError:
         """Return what to raise about a lock that is not held any more."""
-        if self._pid != os.getpid():
+        if self.inherited:
             why = "it belongs to the process that this one was forked from"
         elif self._released and not self._lost:
             why = "it was released"
@@ -246,9 +234,8 @@ class Hold:
 
     def ended(self) -> None:
         """Hear that the lease has ended."""
-        if self._released or self._pid != os.getpid():
+        if self._released or self.inherited:
             return  # a renewal that came after the release says nothing
-        self._lost = True
         self.tell_lost()
 
     # For the lock
@@ -264,7 +251,7 @@ class Hold:
 
     def end(self) -> bool:
         """Take note of a release; return whether the server is to be told of it."""
-        if self._released or self._pid != os.getpid():
+        if self._released or self.inherited:
             return False
         self._depth -= 1
         if self._depth:
@@ -372,8 +359,9 @@ class Core(ABC, Generic[T]):
         self._on_event = on_event
         self._label = _label(label)
         self.deadline = seconds(deadline, "deadline")
-        #: The server's clock against this machine's, in seconds, as the last reply told.
-        self._skew = 0.0
+        self._micros = str(round(self.ttl * 1e6))
+        #: How many seconds later by the server's clock a command may still be carried out.
+        self._late = self.deadline + _GRACE
         self._client = client
         self.transport = self._connect(client, on_command)
         bare = self.transport.bare
@@ -440,7 +428,10 @@ class Core(ABC, Generic[T]):
         self.forget(hold)
         self._tell("lost", clock() - hold._began)
         if self._on_lost is not None:
-            self._on_lost(hold)
+            try:
+                self._on_lost(hold)
+            except Exception:
+                _log.exception("the on_lost callback of a lock failed")
 
     def _tell(self, event: str, seconds: float) -> None:
         if self._on_event is not None:
@@ -465,11 +456,9 @@ class Core(ABC, Generic[T]):
             hold = kind(self, self._station(), owner, length)
             try:
                 yield from self._take(hold, end)
+                break
             except _Forked:
-                continue  # the acquisition is the parent's: this process has one of its own
-            if self._replicas:
-                yield from self._replicate(hold)
-            break
+                pass  # the acquisition is the parent's: this process has one of its own
         self.settle(hold)
         if self._on_event is not None and patience:
             self._tell("waited", clock() - began)
@@ -494,7 +483,7 @@ class Core(ABC, Generic[T]):
 
     def learn(self, now: int) -> None:
         """Take note of the server's time."""
-        self._skew = now / 1e6 - time.time()
+        self._late = now / 1e6 - time.time() + self.deadline + _GRACE
 
     def adopt_steps(self, kind: type[H], token: str) -> Steps[H]:
         """Hold what another process has acquired; raises `LockLostError`."""
@@ -533,72 +522,73 @@ class Core(ABC, Generic[T]):
         """Ask until the lock is taken, or the wait is over."""
         try:
             yield from self._ask_and_wait(hold, end)
-        except LockedError:
-            raise  # it has left the line
+            if self._replicas:
+                yield from self._replicate(hold)
         except GeneratorExit:
             raise  # nobody is there to go on: the lease ends by itself
         except BaseException:
-            if hold._pid == os.getpid():
+            if not hold._released and not hold.inherited:
                 self.give_up(hold)
             raise
-        finally:
-            if hold._ear:
-                hold._station.wakeups.leave(hold.token)
 
     def _ask_and_wait(self, hold: Hold, end: float) -> Steps[None]:
         wakeups = hold._station.wakeups
         bell: Any = None
         ticket = ""
-        if end > clock():
-            ear = wakeups.ear(self._where, self._channels(wakeups))
-            if ear is not None:
-                bell, hold._ear, ticket = wakeups.enter(hold.token), ear, "0"
-        while True:
-            since = clock()
-            reply = yield from self._asked(hold, ticket, bell, end)
-            if hold._pid != os.getpid():
-                raise _Forked
-            state = reply[0]
-            if state == 1:
-                hold.begin(reply[2], since, self._most)
-                return
-            if state == -2:
-                raise UnavailableError(f"lock {self.name}: taken away before its reply arrived")
-            if since >= end:
-                if ticket:
-                    yield from self._leave_line(hold)
-                self.refuse(hold, reply)
-            if bell is None:
-                self._tell("contended", 0.0)
-                bell = wakeups.enter(hold.token)
-            ear = yield from wakeups.listen_steps(
-                self._where, self._channels(wakeups), self.deadline
-            )
-            if not ticket:
-                hold._ear, ticket = ear, "0"
-                continue
-            ticket = reply[4].decode()
-            yield from self._sleep(hold, bell, reply[2] / 1e6, reply[3], end)
+        try:
+            if end > clock():
+                ear = wakeups.ear(self._where, self._channels(wakeups))
+                if ear is not None:
+                    bell, hold._ear, ticket = wakeups.enter(hold.token), ear, "0"
+            while True:
+                since = clock()
+                reply = yield from self._asked(hold, ticket, bell, end)
+                if hold.inherited:
+                    raise _Forked
+                state = reply[0]
+                if state == 1:
+                    hold.begin(reply[2], since, self._most)
+                    return
+                if state == -2:
+                    raise UnavailableError(f"lock {self.name}: taken away before its reply came")
+                if since >= end:
+                    if ticket:
+                        yield from self._leave_line(hold)
+                    self.refuse(hold, reply)
+                if bell is None:
+                    self._tell("contended", 0.0)
+                    bell = wakeups.enter(hold.token)
+                ear = yield from wakeups.listen_steps(
+                    self._where, self._channels(wakeups), self.deadline
+                )
+                if not ticket:
+                    hold._ear, ticket = ear, "0"
+                    continue
+                ticket = reply[4].decode()
+                yield from self._sleep(hold, bell, reply[2] / 1e6, reply[3], end)
+                if hold.inherited:
+                    raise _Forked
+        finally:
+            if bell is not None:
+                wakeups.leave(hold.token)
 
     def _asked(self, hold: Hold, ticket: str, bell: Any, end: float) -> Steps[list[Any]]:
         """Ask, again when the reply was lost, and while waiting as long as Redis is away."""
         began = clock()
-        pause, longest = _PAUSES
+        pause, longest = 0.0, _PAUSES[1]
         while True:
-            asking = self.asking(hold, ticket)
             try:
-                reply: list[Any] = yield self.kind.acquire(asking)
+                reply: list[Any] = yield self.kind.acquire(self.asking(hold, ticket))
             except AWAY as error:
                 hold._doubt = True
-                late = clock() >= began + (self.deadline if bell is None else max(hold.ttl, 1.0))
-                if late or (isinstance(error, UnavailableError) and bell is None):
+                now = clock()
+                # Who asks for the first time is told at once that nobody is there.
+                there = bell is not None or isinstance(error, MaybeAppliedError)
+                patience = self.deadline if bell is None else max(hold.ttl, self.deadline)
+                if not there or now >= began + patience or (bell is not None and now >= end):
                     raise UnavailableError(f"lock {self.name}: not acquired: {error}") from error
-                if isinstance(error, UnavailableError):
-                    left = end - clock()
-                    if left <= 0:
-                        raise
-                    yield from _wait_for(bell, min(pause, left))
-                    pause = min(2 * pause, longest)
+                yield Sleep(pause)
+                pause = min(2 * pause or _PAUSES[0], longest)
                 continue
             self.learn(reply[1])
             if reply[0] != -1:
@@ -620,8 +610,10 @@ class Core(ABC, Generic[T]):
                 look = min(look, clock() + micros / 1e6 + _APART)
 
     def refuse(self, hold: Hold, reply: list[Any]) -> NoReturn:
+        """Raise `LockedError` about who has it."""
         if hold._doubt:  # an earlier copy may be under way
             self.give_up(hold)
+        hold._released = True
         if not hold._ear:
             self._tell("contended", 0.0)
         _, _, left, _, _, fence, info = reply
@@ -647,6 +639,7 @@ class Core(ABC, Generic[T]):
             yield from ask(command)
         except AWAY:
             self.give_up(hold)
+        hold._released = True
 
     def _replicate(self, hold: Hold) -> Steps[None]:
         """Wait until enough replicas have the lock; else give it back."""
@@ -659,19 +652,13 @@ class Core(ABC, Generic[T]):
             ("WAIT", str(self._replicas), patience), (self.kind.key,),
             lambda reply: reply if written else 0, bulk=True,
         )  # fmt: skip
+        outcomes = yield from ask_all([write, count])
         try:
-            outcomes = yield from ask_all([write, count])
             have = outcomes[1].result()
         except RedisHacksError as error:
-            self.give_up(hold)
             raise UnavailableError(
                 f"lock {self.name}: replicas were not heard of: {error}"
             ) from error
-        except GeneratorExit:
-            raise
-        except BaseException:
-            self.give_up(hold)
-            raise
         if have < self._replicas:
             yield from self._leave_line(hold)
             raise UnavailableError(
@@ -689,14 +676,14 @@ class Core(ABC, Generic[T]):
         return self._names.channels(wakeups.name)
 
     def asking(self, hold: Hold, ticket: str) -> Ask:
-        not_after = time.time() + self._skew + self.deadline + _GRACE
-        return Ask(
-            hold.token, str(round(hold.ttl * 1e6)), str(int(not_after * 1e6)), ticket,
-            hold._ear if ticket else "", self._info(hold),
-        )  # fmt: skip
+        """Return what to ask for."""
+        not_after = f"{(time.time() + self._late) * 1e6:.0f}"
+        ttl = self._micros if hold.ttl == self.ttl else str(round(hold.ttl * 1e6))
+        ear = hold._ear if ticket else ""
+        return Ask(hold.token, ttl, not_after, ticket, ear, self._info(hold))
 
     def _info(self, hold: Hold) -> str:
-        return f"{_host()}\t{hold._pid}\t{self._label}\t{self._thread(hold._owner)}"
+        return f"{hold._process}{self._label}\t{self._thread(hold._owner)}"
 
     # Holding
 
@@ -835,8 +822,3 @@ def _label(label: Any) -> str:
     if not isinstance(label, str) or len(label) > 256 or not label.isprintable():
         raise UsageError(f"a label is printable text of at most 256 characters, not {label!r}")
     return label
-
-
-@functools.cache
-def _host() -> str:
-    return socket.gethostname().replace("\t", " ")

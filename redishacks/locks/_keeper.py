@@ -11,11 +11,13 @@ One for all locks of a process on one server (for asyncio: and one loop):
 from __future__ import annotations
 
 import heapq
-import logging
+import math
+import os
+import socket
 import threading
 import weakref
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 from redishacks._command import Command, Outcome, Script, Steps, ask_all
@@ -32,13 +34,13 @@ _AGAIN = 0.25
 #: Acquisitions that wait to be left; of more the oldest end with their leases only.
 _MOST_LEAVING = 10_000
 
-_log = logging.getLogger("redishacks")
-
 
 class Kept(Protocol):
     """A lease to look after."""
 
     token: str
+    #: When it is looked at next, inf for never.
+    kept_until: float
 
     @property
     def key(self) -> bytes:
@@ -82,6 +84,8 @@ class Keeper(Errands):
     def reset(self) -> None:
         """Begin with nothing: at first, and in a forked child, which holds no lock."""
         super().reset()
+        #: About this process, as holders are described; another object in a forked child.
+        self.process = f"{socket.gethostname()}\t{os.getpid()}\t"
         self._guard = threading.Lock()
         self._times: list[float] = []
         self._by_time: dict[float, list[weakref.ref[Kept]]] = {}
@@ -92,6 +96,9 @@ class Keeper(Errands):
     def keep(self, held: Kept, when: float) -> bool:
         """Look at a lease at that time; return whether that is sooner than anything else."""
         with self._guard:
+            if held.kept_until <= when:
+                return False
+            held.kept_until = when
             refs = self._by_time.get(when)
             if refs is None:
                 refs = self._by_time[when] = []
@@ -172,15 +179,17 @@ class Keeper(Errands):
     def _due(self, now: float) -> Iterable[Kept]:
         while self._times and self._times[0] <= now:
             with self._guard:
-                refs = self._by_time.pop(heapq.heappop(self._times))
+                when = heapq.heappop(self._times)
+                refs = self._by_time.pop(when)
             for ref in refs:
                 held = ref()
-                if held is not None:
+                if held is not None and held.kept_until == when:  # else there is a newer entry
+                    held.kept_until = math.inf
                     yield held
 
     def _again(self, held: Kept, now: float, not_before: float = 0.0) -> None:
         if held.over(now):
-            _guarded(lambda: held.ended())
+            held.ended()
             return
         when = held.due()
         if when is not None:
@@ -198,7 +207,7 @@ class Keeper(Errands):
         gone = set(outcome.result())
         for place, (held, micros) in enumerate(batch, 1):
             if place in gone:
-                _guarded(lambda held=held: held.ended())  # type: ignore[misc]
+                held.ended()
             else:
                 held.renewed(since, micros)
                 self._again(held, now)
@@ -212,10 +221,3 @@ def _renewal(script: Script, batch: Sequence[tuple[Kept, int]]) -> Command[list[
 
 def _in_batches(group: list[tuple[Kept, int]]) -> Iterable[list[tuple[Kept, int]]]:
     return (group[at : at + _BATCH] for at in range(0, len(group), _BATCH))
-
-
-def _guarded(tell: Callable[[], None]) -> None:
-    try:
-        tell()
-    except Exception:
-        _log.exception("the on_lost callback of a lock failed")

@@ -25,6 +25,8 @@ class _Station(Generic[S, W]):
 
     def __init__(self, sender: S, wakeups: W) -> None:
         self.wakeups: W = wakeups
+        #: Who does things in the background.
+        self.keeper: Keeper = sender.buffer
         self._sender = sender
         self._numbers = itertools.count()
 
@@ -34,17 +36,17 @@ class _Station(Generic[S, W]):
 
     def keep(self, held: Kept, when: float) -> None:
         """Have somebody look at a lease at that time."""
-        soonest = self._sender.buffer.keep(held, when)
+        soonest = self.keeper.keep(held, when)
         self._see_to_it(soonest)
 
     def leave(self, token: str, command: Command[int], until: float) -> None:
         """Have an acquisition left, of which a copy may arrive until then."""
-        self._sender.buffer.leave(token, command, until)
+        self.keeper.leave(token, command, until)
         self._see_to_it(True)
 
     def left(self, token: str) -> None:
         """Hear that an acquisition was left after all."""
-        self._sender.buffer.left(token)
+        self.keeper.left(token)
 
     def _see_to_it(self, now: bool) -> None:
         if not self._sender.running():

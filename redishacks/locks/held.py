@@ -14,8 +14,6 @@ from redishacks.locks.holder import LockLostError
 class Held(Hold):
     """A lock that is held; a context manager that releases it."""
 
-    __slots__ = ()
-
     def extend(self, ttl: Seconds | None = None) -> None:
         """Begin the lease anew: it ends so many seconds from now, by default those it began with.
 
@@ -64,8 +62,6 @@ class Held(Hold):
 
 class AsyncHeld(Hold):
     """`Held` for asyncio."""
-
-    __slots__ = ()
 
     async def extend(self, ttl: Seconds | None = None) -> None:
         """Begin the lease anew, as `Held.extend`."""
