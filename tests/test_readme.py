@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ import pytest
 import redis
 
 from redishacks.counters import BufferedCounter, FlushJob
+from redishacks.locks import Lock, MultiLock, RWLock, Semaphore
 from redishacks.ratelimit import Ban, ConcurrencyLimiter, Limit, RateLimiter
 from redishacks.sinks import PostgresSink
 
@@ -29,6 +32,8 @@ def test_every_python_example_runs(valkey: Any, pg_dsn: str, prefix: str) -> Non
     with psycopg.connect(pg_dsn) as db:
         db.execute("CREATE TABLE pages (path text PRIMARY KEY, hits bigint)")
         db.execute("CREATE TABLE views (path text PRIMARY KEY, n bigint)")
+        db.execute("CREATE TABLE accounts (id int PRIMARY KEY, balance int, fence bigint)")
+        db.execute("INSERT INTO accounts VALUES (1, 0, 0)")
     PostgresSink(pg_dsn, table="pages", key="path", columns={"amount": "hits"}).create_ledger()
     names: dict[str, Any] = {"__name__": "readme"}
     with redis.Redis.from_url(valkey.url) as raw:
@@ -45,7 +50,10 @@ def test_every_python_example_runs(valkey: Any, pg_dsn: str, prefix: str) -> Non
     assert names["job"].value("/index.html") == 1004
     with psycopg.connect(pg_dsn) as db:
         assert db.execute("SELECT n FROM views").fetchall() == [(1,)]
+        assert db.execute("SELECT balance FROM accounts WHERE fence > 0").fetchall() == [(-7,)]
     names["sink"].close()
+    names["connection"].close()
+    names["client"].close()
     names["hits"].transport.close()
 
 
@@ -117,6 +125,40 @@ def test_the_acl_for_limits_is_enough(valkey: Any, prefix: str) -> None:
             user.close()
         finally:
             admin.execute_command("ACL", "DELUSER", "limits")
+
+
+def test_the_acl_of_locks_is_enough(valkey: Any, prefix: str) -> None:
+    """A user with the rights the README lists can acquire, wait, renew, prove and give back."""
+    line = re.search(r"^user locks on (.*)$", README, re.M)
+    assert line is not None
+    with redis.Redis.from_url(valkey.url) as admin:
+        admin.execute_command("ACL", "SETUSER", "locks", "reset", "on", *line[1].split())
+        user = redis.Redis(port=valkey.port, username="locks", password="password")
+        try:
+            locks: list[Any] = [
+                Lock(user, prefix, wait=5, ttl=0.3, renew=True),
+                Semaphore(user, prefix, 1, wait=5, ttl=0.3, renew=True),
+                RWLock(user, prefix, wait=5).write,
+                MultiLock(user, [f"{prefix}-a", f"{prefix}-b"], wait=5),
+            ]
+            for lock in locks:
+                held = lock.acquire()
+                with ThreadPoolExecutor(1) as pool:
+                    waiting = pool.submit(lock.acquire)
+                    time.sleep(0.5)
+                    held.extend(1)
+                    held.release()
+                    waiting.result().release()
+            assert [lock.holders() for lock in locks[:3]] == [[], [], []]
+            assert not any(lock.force_release() for lock in locks[:3])
+            with locks[0] as held, held.transaction() as pipe:
+                pipe.set(f"rh:{prefix}", 1)
+            assert pipe.results == [True]
+            log: Any = admin.acl_log()
+            assert not [entry for entry in log if entry["username"] == "locks"], log
+            user.close()
+        finally:
+            admin.execute_command("ACL", "DELUSER", "locks")
 
 
 def test_the_cron_line_is_understood() -> None:

@@ -13,6 +13,20 @@ import pytest
 
 from redishacks._sink import AsyncSink, Sink
 from redishacks.counters import AsyncBufferedCounter, AsyncFlushJob, BufferedCounter, FlushJob
+from redishacks.locks import (
+    AsyncHeld,
+    AsyncLock,
+    AsyncMultiHeld,
+    AsyncMultiLock,
+    AsyncRWLock,
+    AsyncSemaphore,
+    Held,
+    Lock,
+    MultiHeld,
+    MultiLock,
+    RWLock,
+    Semaphore,
+)
 from redishacks.ratelimit import (
     AsyncConcurrencyLimiter,
     AsyncRateLimiter,
@@ -27,11 +41,11 @@ PACKAGE = Path(__file__).parents[1] / "redishacks"
 LAYERS = [
     {"errors", "_keys", "_units", "_slots", "_words"},
     {"_command", "_sink"},
-    {"_buffer"},
-    {"_drive"},
+    {"_buffer", "_breaker"},
+    {"_drive", "_errands"},
     {"_transport"},
-    {"_linger"},
-    {"counters", "sinks", "ratelimit"},
+    {"_linger", "_wake"},
+    {"counters", "sinks", "ratelimit", "locks"},
     {"testing", "web"},
     {"doctor", "demo"},
     {"cli", "__main__"},
@@ -44,6 +58,12 @@ PAIRS = [
     (Sink, AsyncSink),
     (RateLimiter, AsyncRateLimiter),
     (ConcurrencyLimiter, AsyncConcurrencyLimiter),
+    (Lock, AsyncLock),
+    (Held, AsyncHeld),
+    (Semaphore, AsyncSemaphore),
+    (RWLock, AsyncRWLock),
+    (MultiLock, AsyncMultiLock),
+    (MultiHeld, AsyncMultiHeld),
 ]
 
 

@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
 from redishacks import _keys
 from redishacks._command import Command, Script, script
 from redishacks._wake import Channels
+from redishacks.errors import UsageError
 
 #: The tool's letter and the version of its keys.
 TOOL = "l1"
 #: A ticket of who does not want a lock unless it has it.
 MINE = "!"
+#: How the keys end that say who holds a lock, of each kind.
+FIRST_KEYS = ("lock", "permits", "rw")
+#: Who wants a lock alone stands before those who would share it, by so many µs.
+_ALONE_FIRST = 2**52
+
+_FIRST_KEY = re.compile(rf"\{{([^{{}}]+)\}}:(?:(.+):)?({'|'.join(FIRST_KEYS)})\Z")
+_QUOTED = re.compile("%([0-9A-F]{2})")
 
 
 class Names:
@@ -158,3 +167,50 @@ class Shared:
     def taken(self) -> str:
         """Say in words that somebody, who is not known, has it."""
         return "is held by several" if self._most == "0" else f"has all its {self._most} in use"
+
+
+class Waiter(NamedTuple):
+    """Who stands in line."""
+
+    #: Seconds since 1970 when it began to wait, by the server's clock.
+    since: float
+    #: It shares the lock with nobody, though others might.
+    alone: bool
+
+
+def waiting(kind: Exclusive | Shared, most: int) -> Command[list[Waiter]]:
+    """Read who stands in line, the first `most`; one that died stands there until its turn."""
+
+    def parse(reply: list[Any]) -> list[Waiter]:
+        pairs = reply  # as RESP3 has them
+        if reply and not isinstance(reply[0], list):
+            pairs = list(zip(reply[::2], reply[1::2], strict=True))
+        found = []
+        for entry, score in pairs:
+            ticket = int(float(score))
+            since = ticket + _ALONE_FIRST if ticket < 0 else ticket
+            found.append(Waiter(since / 1e6, entry.startswith(b"w")))
+        return found
+
+    line = kind._keys[1]
+    args = ("ZRANGE", line, "0", str(most - 1), "WITHSCORES")
+    return Command(args, (line,), parse, repeatable=True)
+
+
+def parse_key(prefix: str, key: bytes) -> tuple[str, str, str | None] | None:
+    """Return which of `FIRST_KEYS` a key is, and its lock's name and tag; None when it is none."""
+    found = _FIRST_KEY.search(key.decode(errors="replace"))
+    if found is None:
+        return None
+    first, second, rest = found.groups()
+    name = _unquoted(second or first)
+    tag = None if second is None else _unquoted(first)
+    try:
+        same = Names(prefix, name, tag).key(rest) == key
+    except UsageError:
+        return None
+    return (rest, name, tag) if same else None
+
+
+def _unquoted(text: str) -> str:
+    return _QUOTED.sub(lambda found: chr(int(found[1], 16)), text)
