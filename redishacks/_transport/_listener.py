@@ -154,7 +154,12 @@ class Listener(_Listener):
     def _staying(self) -> bool:
         with self._guard:
             if self._idle():
-                self._thread = None
+                on, self._on = self._on, set()
+                # Who comes now finds that nothing is heard, or was here before this look.
+                if self._idle():
+                    self._thread = None
+                else:
+                    self._on = on
         return self._thread is threading.current_thread()
 
     def _work(self) -> None:

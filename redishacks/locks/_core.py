@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import logging
@@ -15,10 +16,10 @@ from redishacks._command import Call, Command, Script, Sleep, Steps, ask, ask_al
 from redishacks._slots import key_slot
 from redishacks._transport import AsyncTransport, Hook, SyncTransport
 from redishacks._units import Seconds, seconds
-from redishacks._wake import DEAF, Channels
 from redishacks.errors import (
     MaybeAppliedError,
     RedisHacksError,
+    ServerError,
     UnavailableError,
     UsageError,
 )
@@ -537,12 +538,13 @@ class Core(ABC, Generic[T]):
         ticket = ""
         try:
             if end > clock():
-                ear = wakeups.ear(self._where, self._channels(wakeups))
+                bell = wakeups.enter(hold.token)
+                ear = wakeups.ear(self._where, self._names.channels(wakeups.name))
                 if ear is not None:
-                    bell, hold._ear, ticket = wakeups.enter(hold.token), ear, "0"
+                    hold._ear, ticket = ear, "0"
             while True:
                 since = clock()
-                reply = yield from self._asked(hold, ticket, bell, end)
+                reply = yield from self._asked(hold, ticket, end)
                 if hold.inherited:
                     raise _Forked
                 state = reply[0]
@@ -555,16 +557,13 @@ class Core(ABC, Generic[T]):
                     if ticket:
                         yield from self._leave_line(hold)
                     self.refuse(hold, reply)
-                if bell is None:
-                    self._tell("contended", 0.0)
-                    bell = wakeups.enter(hold.token)
-                ear = yield from wakeups.listen_steps(
-                    self._where, self._channels(wakeups), self.deadline
-                )
                 if not ticket:
-                    hold._ear, ticket = ear, "0"
+                    self._tell("contended", 0.0)
+                    hold._ear, ticket = (yield from self._listen(hold)), "0"
                     continue
                 ticket = reply[4].decode()
+                with contextlib.suppress(UnavailableError):  # else it looks by itself
+                    yield from self._listen(hold)
                 yield from self._sleep(hold, bell, reply[2] / 1e6, reply[3], end)
                 if hold.inherited:
                     raise _Forked
@@ -572,7 +571,18 @@ class Core(ABC, Generic[T]):
             if bell is not None:
                 wakeups.leave(hold.token)
 
-    def _asked(self, hold: Hold, ticket: str, bell: Any, end: float) -> Steps[list[Any]]:
+    def _listen(self, hold: Hold) -> Steps[str]:
+        """See that this one can be told; return how."""
+        wakeups = hold._station.wakeups
+        channels = self._names.channels(wakeups.name)
+        try:
+            return (yield from wakeups.listen_steps(self._where, channels, self.deadline))
+        except ServerError as error:
+            if error.code in ("MOVED", "ASK", "TRYAGAIN", "CLUSTERDOWN"):
+                raise UnavailableError(f"lock {self.name}: its slot moves: {error}") from error
+            raise
+
+    def _asked(self, hold: Hold, ticket: str, end: float) -> Steps[list[Any]]:
         """Ask, again when the reply was lost, and while waiting as long as Redis is away."""
         began = clock()
         pause, longest = 0.0, _PAUSES[1]
@@ -583,9 +593,9 @@ class Core(ABC, Generic[T]):
                 hold._doubt = True
                 now = clock()
                 # Who asks for the first time is told at once that nobody is there.
-                there = bell is not None or isinstance(error, MaybeAppliedError)
-                patience = self.deadline if bell is None else max(hold.ttl, self.deadline)
-                if not there or now >= began + patience or (bell is not None and now >= end):
+                there = ticket != "" or isinstance(error, MaybeAppliedError)
+                patience = max(hold.ttl, self.deadline) if ticket else self.deadline
+                if not there or now >= began + patience or (ticket and now >= end):
                     raise UnavailableError(f"lock {self.name}: not acquired: {error}") from error
                 yield Sleep(pause)
                 pause = min(2 * pause or _PAUSES[0], longest)
@@ -598,9 +608,11 @@ class Core(ABC, Generic[T]):
 
     def _sleep(self, hold: Hold, bell: Any, left: float, place: int, end: float) -> Steps[None]:
         """Sleep until it may be this one's turn, or the wait is over."""
+        wakeups = hold._station.wakeups
+        heard = wakeups.ear(self._where, self._names.channels(wakeups.name)) is not None
         # Those in front look first; the first four alone, for they may all be gone.
         nap = left + 0.001 + min(place, 4) * _APART
-        nap = min(nap, _LOOK if hold._ear == DEAF else max(hold.ttl, _LOOK_AGAIN))
+        nap = min(nap, max(hold.ttl, _LOOK_AGAIN) if heard else _LOOK)
         look = min(clock() + nap, end)
         while (rest := look - clock()) > 0:
             micros = yield from _wait_for(bell, rest)
@@ -671,9 +683,6 @@ class Core(ABC, Generic[T]):
             when = hold.due()
             if when is not None:
                 hold._station.keep(hold, when)
-
-    def _channels(self, wakeups: Any) -> Channels:
-        return self._names.channels(wakeups.name)
 
     def asking(self, hold: Hold, ticket: str) -> Ask:
         """Return what to ask for."""

@@ -11,6 +11,7 @@ One for all locks of a process on one server (for asyncio: and one loop):
 from __future__ import annotations
 
 import heapq
+import logging
 import math
 import os
 import socket
@@ -31,8 +32,12 @@ _BATCH = 200
 _LINGER = 10.0
 #: Seconds until a failed renewal is tried again.
 _AGAIN = 0.25
+#: Seconds between two tries to leave, at first and at most.
+_PAUSES = (0.05, 1.0)
 #: Acquisitions that wait to be left; of more the oldest end with their leases only.
 _MOST_LEAVING = 10_000
+
+_log = logging.getLogger("redishacks")
 
 
 class Kept(Protocol):
@@ -91,6 +96,8 @@ class Keeper(Errands):
         self._by_time: dict[float, list[weakref.ref[Kept]]] = {}
         self._leaving: dict[str, _Leaving] = {}
         self._unheard: set[str] = set()
+        self._next_try = 0.0
+        self._backoff = _PAUSES[0]
         self._busy_at = clock()
 
     def keep(self, held: Kept, when: float) -> bool:
@@ -126,22 +133,24 @@ class Keeper(Errands):
         """Return seconds until something is to be done."""
         now = clock()
         times = [self._times[0]] if self._times else []
-        if self._leaving:
-            times.append(now if self._unheard else min(e.until for e in self._leaving.values()))
+        if self._unheard:
+            times.append(self._next_try)
+        elif self._leaving:
+            times.append(min(each.until for each in self._leaving.values()))
         if times:
             self._busy_at = now
             return max(0.0, min(min(times) - now, linger))
         return linger if now < self._busy_at + _LINGER else None
 
     def send(self) -> Steps[None]:
-        """Do all that is to be done now, in one exchange; raises when a node is away."""
+        """Do all that is to be done now, in one exchange; what fails is tried again."""
         self.error = None
         now = clock()
         batches = [] if self.closing else self._renewals(now)
         leaving = {
             token: each
             for token, each in list(self._leaving.items())
-            if token in self._unheard or now >= each.until
+            if now >= (self._next_try if token in self._unheard else each.until)
         }
         commands: list[Command[Any]] = [command for command, _ in batches]
         commands += [each.command for each in leaving.values()]
@@ -157,9 +166,13 @@ class Keeper(Errands):
             if outcome.value == 1 or now >= each.until or outcome.error is not None:
                 self.left(token)
         failed = [each.error for each in outcomes if isinstance(each.error, RedisHacksError)]
-        if failed:
-            self.error = failed[0]
-            raise failed[0]
+        if not failed:
+            self._next_try, self._backoff = 0.0, _PAUSES[0]
+            return
+        self.error = failed[0]
+        _log.warning("%s: renewing or releasing failed, will try again: %s", self.what, failed[0])
+        self._next_try = clock() + self._backoff
+        self._backoff = min(2 * self._backoff, _PAUSES[1])
 
     def _renewals(self, now: float) -> list[tuple[Command[list[int]], list[tuple[Kept, int]]]]:
         """Look at all that are due; return what begins leases anew."""

@@ -189,10 +189,10 @@ def waiting(kind: Exclusive | Shared, most: int) -> Command[list[Waiter]]:
         for entry, score in pairs:
             ticket = int(float(score))
             since = ticket + _ALONE_FIRST if ticket < 0 else ticket
-            found.append(Waiter(since / 1e6, entry.startswith(b"w")))
+            found.append(Waiter(since / 1e6, single or entry.startswith(b"w")))
         return found
 
-    line = kind._keys[1]
+    single, line = isinstance(kind, Exclusive), kind._keys[1]
     args = ("ZRANGE", line, "0", str(most - 1), "WITHSCORES")
     return Command(args, (line,), parse, repeatable=True)
 
