@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, Generic, NoReturn, Protocol, TypedDict, TypeVar, cast
 
-from redishacks._command import Call, Command, Script, Sleep, Steps, ask, ask_all
+from redishacks._command import Call, Command, Sleep, Steps, ask, ask_all
 from redishacks._slots import key_slot
 from redishacks._transport import AsyncTransport, Hook, SyncTransport
 from redishacks._units import Seconds, seconds
@@ -25,6 +25,7 @@ from redishacks.errors import (
 )
 from redishacks.locks._clock import clock
 from redishacks.locks._here import here
+from redishacks.locks._keeper import Renewal
 from redishacks.locks._station import AsyncStation, Station
 from redishacks.locks.commands import MINE, Ask, Kind, Names
 from redishacks.locks.holder import (
@@ -97,6 +98,8 @@ class Hold:
     #: A command may have arrived whose reply was lost.
     _doubt = False
     _released = _lost = _told = False
+    #: Seconds of the lease that was asked for last.
+    _wanted = 0.0
     #: When the keeper looks at it next.
     kept_until = math.inf
 
@@ -184,14 +187,9 @@ class Hold:
         return self._core.kind.key
 
     @property
-    def extend_script(self) -> Script:
+    def renewal(self) -> Renewal:
         """What begins the lease anew."""
-        return self._core.kind.extend
-
-    @property
-    def slot(self) -> int:
-        """Leases of one slot may be begun anew by one command."""
-        return self._core.slot
+        return self._core.renewal
 
     def over(self, now: float) -> bool:
         """Return whether the lease has ended without a release."""
@@ -203,21 +201,32 @@ class Hold:
             return None
         if self._renew and self._until < self._end:
             grid = self.ttl / _TOGETHER
-            return math.ceil((self._asked + self.ttl / 3) / grid) * grid
+            return math.ceil((self._asked + self.ttl / 2) / grid) * grid
         return self._until
 
-    def wants(self, now: float) -> int | None:
-        """Return of how many µs a new lease should be, None when it is not time."""
-        renewable = self._renew and not self._released and not self._lost
-        if not renewable or now >= self._until or self._until >= self._end:
+    def wants(self, now: float) -> str | None:
+        """Return how many µs a new lease should last, None when it is not time."""
+        if not self._renew or self._released or self._lost:
             return None
-        if now < self._asked + self.ttl / 3:
+        if not self._asked + self.ttl / 2 <= now < self._until < self._end:
             return None
-        return self.micros(self.ttl, now)
+        self._wanted = min(self.ttl, self._end - now)
+        return micros(self._wanted)
 
-    def micros(self, length: float, now: float) -> int:
-        """Return how many µs a lease may last that begins now."""
-        return max(1000, round(min(length, self._end - now) * 1e6))
+    def renewed(self, since: float) -> None:
+        """Hear that the lease it wanted was asked for at that moment, and began."""
+        self._asked = since
+        self._until = min(since + self._wanted * _SKEW, self._end)
+
+    def extended(self, since: float, length: float) -> None:
+        """Hear that another lease was asked for at that moment, and began."""
+        self.ttl = self._wanted = length
+        self.renewed(since)
+        self.watched()
+
+    def room(self, length: float, now: float) -> float:
+        """Return how many seconds a lease may last that begins now."""
+        return min(length, self._end - now)
 
     def keep_on(self, on: bool) -> None:
         """Have the lease begun anew in the background, or no more."""
@@ -227,11 +236,6 @@ class Hold:
     def watched(self) -> None:
         """See that somebody looks after the lease, if anybody has to."""
         self._core.watch(self)
-
-    def renewed(self, since: float, micros: int) -> None:
-        """Hear that a lease was asked for at that moment, and began."""
-        self._asked = since
-        self._until = min(since + micros / 1e6 * _SKEW, self._end)
 
     def ended(self) -> None:
         """Hear that the lease has ended."""
@@ -360,14 +364,14 @@ class Core(ABC, Generic[T]):
         self._on_event = on_event
         self._label = _label(label)
         self.deadline = seconds(deadline, "deadline")
-        self._micros = str(round(self.ttl * 1e6))
+        self._micros = micros(self.ttl)
         #: How many seconds later by the server's clock a command may still be carried out.
         self._late = self.deadline + _GRACE
         self._client = client
         self.transport = self._connect(client, on_command)
         bare = self.transport.bare
         self._bare: T = bare
-        self.slot = key_slot(kind.key) if bare.clustered else 0
+        self.renewal = Renewal(kind.extend, key_slot(kind.key) if bare.clustered else 0, kind.key)
         self._where: Command[Any] = Command((), (kind.key,))
         self._here: Hashable = (bare.server, kind.key)
         self.entered = Entered()
@@ -687,7 +691,7 @@ class Core(ABC, Generic[T]):
     def asking(self, hold: Hold, ticket: str) -> Ask:
         """Return what to ask for."""
         not_after = f"{(time.time() + self._late) * 1e6:.0f}"
-        ttl = self._micros if hold.ttl == self.ttl else str(round(hold.ttl * 1e6))
+        ttl = self._micros if hold.ttl == self.ttl else micros(hold.ttl)
         ear = hold._ear if ticket else ""
         return Ask(hold.token, ttl, not_after, ticket, ear, self._info(hold))
 
@@ -766,20 +770,21 @@ def extend_all_steps(holds: Sequence[Hold], ttl: Seconds | None) -> Steps[None]:
     for hold in holds:
         hold.check()
     since = clock()
-    lengths = [hold.ttl if ttl is None else _lease(ttl) for hold in holds]
-    micros = [hold.micros(length, since) for hold, length in zip(holds, lengths, strict=True)]
+    lengths = [hold.room(hold.ttl if ttl is None else _lease(ttl), since) for hold in holds]
     keys = tuple(hold.key for hold in holds)
-    args = tuple(w for hold, m in zip(holds, micros, strict=True) for w in (hold.token, str(m)))
-    extend = holds[0].extend_script
-    command: Command[list[int]] = Command(args, keys, script=extend, repeatable=True)
+    args = tuple(
+        word
+        for hold, length in zip(holds, lengths, strict=True)
+        for word in (hold.token, micros(length))
+    )
+    script = holds[0].renewal.script
+    command: Command[list[int]] = Command(args, keys, script=script, repeatable=True)
     gone = yield from ask(command)
-    for at, (hold, length, each) in enumerate(zip(holds, lengths, micros, strict=True), 1):
+    for at, (hold, length) in enumerate(zip(holds, lengths, strict=True), 1):
         if at in gone:
             hold.ended()
         else:
-            hold.ttl = length
-            hold.renewed(since, each)
-            hold.watched()
+            hold.extended(since, length)
     for hold in holds:
         hold.check()
 
@@ -812,6 +817,12 @@ def holders(reply: list[Any]) -> list[Holder]:
 
 def _wait_for(bell: Any, seconds: float) -> Steps[Any]:
     return (yield Call(bell.wait, (seconds,)))
+
+
+@functools.lru_cache(1024)
+def micros(length: float) -> str:
+    """Return seconds of a lease as µs in words, a millisecond at least."""
+    return str(max(1000, round(length * 1e6)))
 
 
 def _lease(ttl: Seconds) -> float:

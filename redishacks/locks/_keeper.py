@@ -2,7 +2,7 @@
 
 One for all locks of a process on one server (for asyncio: and one loop):
 
-- leases are begun anew when a third of their time is over, many in one command;
+- leases are begun anew when half of their time is over, many in one command;
 - a holder is told when its lease has ended, by this process's clock;
 - an acquisition that was given up is released until an answer was heard: its command may have been
   applied, or be under way.
@@ -19,7 +19,7 @@ import threading
 import weakref
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 from redishacks._command import Command, Outcome, Script, Steps, ask_all
 from redishacks._errands import Errands
@@ -37,6 +37,8 @@ _PAUSES = (0.05, 1.0)
 #: Acquisitions that wait to be left; of more the oldest end with their leases only.
 _MOST_LEAVING = 10_000
 
+T = TypeVar("T")
+
 _log = logging.getLogger("redishacks")
 
 
@@ -48,16 +50,8 @@ class Kept(Protocol):
     kept_until: float
 
     @property
-    def key(self) -> bytes:
-        """The lock."""
-
-    @property
-    def extend_script(self) -> Script:
+    def renewal(self) -> Renewal:
         """What begins the lease anew."""
-
-    @property
-    def slot(self) -> int:
-        """Leases of one slot may be begun anew by one command."""
 
     def over(self, now: float) -> bool:
         """Return whether the lease has ended without a release."""
@@ -65,14 +59,23 @@ class Kept(Protocol):
     def due(self) -> float | None:
         """Return when to look at it next; None when never again."""
 
-    def wants(self, now: float) -> int | None:
-        """Return of how many µs a new lease should be, None when it is not time."""
+    def wants(self, now: float) -> str | None:
+        """Return how many µs a new lease should last, None when it is not time."""
 
-    def renewed(self, since: float, micros: int) -> None:
-        """Hear that a lease was asked for at that moment, and began."""
+    def renewed(self, since: float) -> None:
+        """Hear that the lease it wanted was asked for at that moment, and began."""
 
     def ended(self) -> None:
         """Hear that the lease has ended."""
+
+
+class Renewal(NamedTuple):
+    """What begins leases of a lock anew."""
+
+    script: Script
+    #: Leases of one slot may be begun anew by one command.
+    slot: int
+    key: bytes
 
 
 class _Leaving(NamedTuple):
@@ -102,16 +105,19 @@ class Keeper(Errands):
 
     def keep(self, held: Kept, when: float) -> bool:
         """Look at a lease at that time; return whether that is sooner than anything else."""
+        self._keep((held,), when)
+        return self._times[0] == when
+
+    def _keep(self, holds: Sequence[Kept], when: float) -> None:
         with self._guard:
-            if held.kept_until <= when:
-                return False
-            held.kept_until = when
             refs = self._by_time.get(when)
             if refs is None:
                 refs = self._by_time[when] = []
                 heapq.heappush(self._times, when)
-            refs.append(weakref.ref(held))
-            return self._times[0] == when
+            for held in holds:
+                if when < held.kept_until:  # else it is looked at sooner
+                    held.kept_until = when
+                    refs.append(weakref.ref(held))
 
     def leave(self, token: str, command: Command[int], until: float) -> None:
         """Say this until somebody has heard it, and once more after that moment."""
@@ -174,17 +180,18 @@ class Keeper(Errands):
         self._next_try = clock() + self._backoff
         self._backoff = min(2 * self._backoff, _PAUSES[1])
 
-    def _renewals(self, now: float) -> list[tuple[Command[list[int]], list[tuple[Kept, int]]]]:
+    def _renewals(self, now: float) -> list[tuple[Command[list[int]], list[Kept]]]:
         """Look at all that are due; return what begins leases anew."""
-        wanted: dict[tuple[Script, int], list[tuple[Kept, int]]] = defaultdict(list)
+        wanted: dict[tuple[Script, int], list[tuple[Kept, bytes, str]]] = defaultdict(list)
         for held in self._due(now):
-            micros = held.wants(now)
-            if micros is not None:
-                wanted[held.extend_script, held.slot].append((held, micros))
-            else:
+            lease = held.wants(now)
+            if lease is None:
                 self._again(held, now)
+            else:
+                script, slot, key = held.renewal
+                wanted[script, slot].append((held, key, lease))
         return [
-            (_renewal(script, batch), batch)
+            (_renewal(script, batch), [held for held, _, _ in batch])
             for (script, _), group in wanted.items()
             for batch in _in_batches(group)
         ]
@@ -208,29 +215,30 @@ class Keeper(Errands):
         if when is not None:
             self.keep(held, max(when, not_before))
 
-    def _settle(
-        self, batch: Sequence[tuple[Kept, int]], since: float, outcome: Outcome[list[int]]
-    ) -> None:
+    def _settle(self, batch: list[Kept], since: float, outcome: Outcome[list[int]]) -> None:
         """Take note of what became of the renewal of these leases."""
-        now = clock()
         if outcome.error is not None:
-            for held, _ in batch:
+            now = clock()
+            for held in batch:
                 self._again(held, now, now + _AGAIN)
             return
-        gone = set(outcome.result())
-        for place, (held, micros) in enumerate(batch, 1):
-            if place in gone:
-                held.ended()
-            else:
-                held.renewed(since, micros)
-                self._again(held, now)
+        for place in outcome.result():
+            batch[place - 1].ended()
+        next_times: dict[float, list[Kept]] = defaultdict(list)
+        for held in batch:
+            held.renewed(since)
+            when = held.due()
+            if when is not None:
+                next_times[when].append(held)
+        for when, holds in next_times.items():
+            self._keep(holds, when)
 
 
-def _renewal(script: Script, batch: Sequence[tuple[Kept, int]]) -> Command[list[int]]:
-    keys = tuple(held.key for held, _ in batch)
-    args = tuple(word for held, micros in batch for word in (held.token, str(micros)))
+def _renewal(script: Script, batch: Sequence[tuple[Kept, bytes, str]]) -> Command[list[int]]:
+    keys = tuple([key for _, key, _ in batch])
+    args = tuple([word for held, _, lease in batch for word in (held.token, lease)])
     return Command(args, keys, script=script, repeatable=True)
 
 
-def _in_batches(group: list[tuple[Kept, int]]) -> Iterable[list[tuple[Kept, int]]]:
+def _in_batches(group: list[T]) -> Iterable[list[T]]:
     return (group[at : at + _BATCH] for at in range(0, len(group), _BATCH))

@@ -211,7 +211,7 @@ class _Multi(Generic[L]):
             self._kind(client, name, fair=fair, prefix=prefix, tag=tag, **options)
             for name in sorted(dict.fromkeys(names))
         ]
-        if len({lock.slot for lock in self.locks}) > 1:
+        if len({lock.renewal.slot for lock in self.locks}) > 1:
             raise UsageError("on a cluster a MultiLock needs a tag, which puts all on one node")
         self._entered = Entered()
 
