@@ -60,7 +60,7 @@ if ARGV[3] ~= '' then
     warn_next(line, nil, math.max(0, (ends or now) - now))
   end
 end
-if state and free and mine == '0' and token ~= '' then
+if free and mine == '0' and token ~= '' then
   set_free(fence, lost, waiting) -- a copy of its acquire may still be under way
 end
 return state and token ~= '' and tonumber(mine) > tonumber(lost) and 2 or 0
