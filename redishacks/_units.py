@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
+import math
 
 from redishacks.errors import UsageError
 
@@ -23,6 +24,14 @@ def seconds(value: Seconds, name: str) -> float:
             f"{name} must be a positive number of seconds or a timedelta, not {value!r}"
         )
     return float(number)
+
+
+def patience(value: Seconds | None, name: str) -> float:
+    """Return a time to wait in seconds: 0 is none, and None has no end."""
+    if value is None:
+        return math.inf
+    none = value in (0, dt.timedelta()) and not isinstance(value, bool)
+    return 0.0 if none else seconds(value, name)
 
 
 def microseconds(moment: dt.datetime) -> int:

@@ -16,6 +16,7 @@ from redishacks.cli.demo import demo
 from redishacks.cli.ending import EXIT_CODES, Commands
 from redishacks.cli.flush import flush
 from redishacks.cli.limits import limits
+from redishacks.cli.locks import locks
 from redishacks.cli.look import dead, doctor, status
 
 __all__ = ["commands"]
@@ -31,5 +32,5 @@ def commands() -> None:
     """Redis tricks that keep a big site up: right under faults, fast."""
 
 
-for command in (demo, flush, status, doctor, dead, limits):
+for command in (demo, flush, status, doctor, dead, limits, locks):
     commands.add_command(command)

@@ -7,14 +7,14 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import click
-from rich.table import Table
+from rich.cells import cell_len, set_cell_size
 from rich.text import Text
 
 from redishacks import _keys
 from redishacks._command import Command, Outcome, ask, ask_all
 from redishacks._drive import drive
 from redishacks._words import many
-from redishacks.cli import show as shown_as
+from redishacks.cli import show
 from redishacks.cli.ending import EXIT_CODES, Exit, exit_of, one_line, tell, worst
 from redishacks.errors import RedisHacksError, UsageError
 from redishacks.locks import Holder
@@ -35,11 +35,13 @@ T = TypeVar("T")
 _DEADLINE = 1.0
 #: About how many keys Redis looks at in one exchange.
 _PAGE = "1000"
-#: How many of those in line are shown, and how many are in JSON.
+#: How many of those in line are shown, and how many in JSON.
 _SHOWN, _TOLD = 10, 1000
 
 #: Kinds of locks, and how the key ends that says who holds one.
 _KINDS = {"lock": "lock", "semaphore": "permits", "rwlock": "rw"}
+
+_HEAD = ("name", "kind", "held by", "since", "left", "fence", "waiting")
 
 _GLOB = re.compile(r"([*?\[\]\\])")
 
@@ -52,8 +54,8 @@ class _Lock(NamedTuple):
     tag: str | None
 
     def __str__(self) -> str:
-        tag = "" if self.tag is None else f", tag {shown_as.printable(self.tag)}"
-        return f"{shown_as.printable(self.name)} ({self.kind}{tag})"
+        tag = "" if self.tag is None else f", tag {show.printable(self.tag)}"
+        return f"{show.printable(self.name)} ({self.kind}{tag})"
 
     def commands(self, prefix: str, most: int = 1) -> Exclusive | Shared:
         """Return what can be said about it; `most` is how many permits a semaphore has."""
@@ -80,9 +82,9 @@ class _State(NamedTuple):
             "waiting": self.waiting,
         }
 
-    def since(self, holder: Holder) -> str:
-        """Say since when somebody holds it."""
-        return shown_as.ago(max(0.0, round(self.now - holder.since, 3)))
+
+def _state(lock: _Lock, reply: list[Any]) -> _State:
+    return _State(lock, reply[0] / 1e6, holders(reply), reply[1])
 
 
 class _At(NamedTuple):
@@ -98,24 +100,18 @@ class _At(NamedTuple):
 
         return drive(ask(command), connect(self.url), _DEADLINE)
 
-    def look(self, locks: Sequence[_Lock]) -> list[tuple[_Lock, Outcome[_State]]]:
+    def look(self, locks: Sequence[_Lock]) -> list[tuple[_Lock, Outcome[list[Any]]]]:
         """See how it stands with several, in one exchange."""
         from redishacks._transport import connect
 
-        def command(lock: _Lock) -> Command[_State]:
-            def parse(reply: list[Any]) -> _State:
-                return _State(lock, reply[0] / 1e6, holders(reply), reply[1])
-
-            return lock.commands(self.prefix).show()._replace(parse=parse)
-
-        asked = ask_all([command(lock) for lock in locks])
+        asked = ask_all([lock.commands(self.prefix).show() for lock in locks])
         return list(zip(locks, drive(asked, connect(self.url), _DEADLINE), strict=True))
 
     def called(self, name: str, tag: str | None) -> list[_State]:
         """See how it stands with the locks of a name, of each kind."""
         kinds = _KINDS if self.kind is None else (self.kind,)
         locks = [_Lock(name, kind, tag) for kind in kinds]
-        return [outcome.result() for _, outcome in self.look(locks)]
+        return [_state(lock, outcome.result()) for lock, outcome in self.look(locks)]
 
     def known(self, begin: str) -> Iterator[list[_Lock]]:
         """Find the locks whose names begin so: held ones, and some that are only remembered."""
@@ -126,16 +122,15 @@ class _At(NamedTuple):
         cursor = b"0"
         while True:
             args = ("SCAN", cursor, "MATCH", pattern, "COUNT", _PAGE)
-            cursor, keys = self.ask(Command(args, repeatable=True))
-            fresh = set(keys) - seen
-            found = [parsed for key in fresh if (parsed := parse_key(self.prefix, key))]
-            seen |= fresh
-            locks = [_Lock(name, kinds[rest], tag) for rest, name, tag in found]
-            yield [
-                lock
-                for lock in locks
-                if lock.name.startswith(begin) and self.kind in (None, lock.kind)
-            ]
+            page: tuple[bytes, list[bytes]] = self.ask(Command(args, repeatable=True))
+            cursor, keys = page
+            locks = []
+            for key in set(keys) - seen:
+                rest, name, tag = parse_key(self.prefix, key) or ("", "", None)
+                if rest and name.startswith(begin) and self.kind in (None, kinds[rest]):
+                    locks.append(_Lock(name, kinds[rest], tag))
+            seen.update(keys)
+            yield locks
             if cursor == b"0":
                 return
 
@@ -154,8 +149,8 @@ def _of_locks(command: Callable[..., None]) -> Callable[..., None]:
         click.option("--kind", type=click.Choice(list(_KINDS)), help="Locks of this kind only."),
         click.option("--prefix", default="rh", show_default=True, help="The locks' prefix."),
         click.option("--redis", "url", metavar="URL", envvar="REDISHACKS_REDIS_URL", required=True,
-                     show_envvar=True, help="Redis, as redis://, rediss:// or unix://; of a "
-                     "cluster the node that has the lock."),
+                     show_envvar=True, help="Redis, as redis://, rediss:// or unix://; a URL is "
+                     "one server, so of a cluster the node that has the lock."),
     ):  # fmt: skip
         run = option(run)
     return run
@@ -185,54 +180,49 @@ def list_(ctx: click.Context, at: _At, begin: str, as_json: bool) -> None:
     for locks in at.known(begin):
         for lock, outcome in at.look(locks):
             try:
-                state = outcome.result()
+                state = _state(lock, outcome.result())
             except RedisHacksError as error:
                 if exit_of(error) is not Exit.WRONG:
                     raise
                 exits.append(tell(error, str(lock)))
                 if as_json:
                     reason = {"error": one_line(error), "exit_code": exits[-1]}
-                    shown_as.print_json({**lock._asdict(), **reason})
+                    show.print_json({**lock._asdict(), **reason})
             else:
                 if state.holders:
                     found.append(state)
     found.sort(key=lambda state: (state.lock.name, state.lock.kind, state.lock.tag or ""))
     if as_json:
         for state in found:
-            shown_as.print_json(state.as_json())
+            show.print_json(state.as_json())
     elif found:
         _print_table(found)
     else:
-        named = f" whose name begins with {shown_as.printable(begin)}" if begin else ""
-        _print(f"no lock{named} is held (prefix {shown_as.printable(at.prefix)})")
+        named = f" whose name begins with {show.printable(begin)}" if begin else ""
+        _print(f"no lock{named} is held (prefix {show.printable(at.prefix)})")
     ctx.exit(worst(exits))
 
 
-@locks.command(epilog=EXIT_CODES)
+@locks.command("show", epilog=EXIT_CODES)
 @_of_locks
 @click.argument("name")
 @_TAG
-def show(at: _At, name: str, tag: str | None, as_json: bool) -> None:
+def show_(at: _At, name: str, tag: str | None, as_json: bool) -> None:
     """Show who holds the lock NAME, and who waits for it.
 
-    Locks of several kinds may have this name: all are shown that somebody holds or waits for. Who
-    died while waiting counts until its turn comes.
+    Locks of several kinds may have this name: all are shown that somebody holds or waits for. One
+    who died while waiting counts until its turn comes.
     """
     used = [state for state in at.called(name, tag) if state.holders or state.waiting]
     for state in used:
-        commands = state.lock.commands(at.prefix)
-        line = at.ask(waiting(commands, _TOLD)) if state.waiting else []
+        line = at.ask(waiting(state.lock.commands(at.prefix), _TOLD))
         if as_json:
-            waiters = [
-                {"since": waiter.since, "alone": waiter.alone or state.lock.kind == "lock"}
-                for waiter in line
-            ]
-            shown_as.print_json({**state.as_json(), "waiters": waiters})
+            show.print_json({**state.as_json(), "line": [waiter._asdict() for waiter in line]})
             continue
-        rows = [(f"held by", _in_words(state, holder)) for holder in state.holders]
+        rows = [("held by", _in_words(state, holder)) for holder in state.holders]
         rows = rows or [("held by", "nobody")]
-        rows.append(("waiting", _line_in_words(state, line)))
-        shown_as.facts(str(state.lock), rows, shown_as.console())
+        rows.append(("waiting", _waiting(state, line)))
+        show.facts(str(state.lock), rows, show.console())
     if not used and not as_json:
         _print_nobody(at, name, tag)
 
@@ -243,52 +233,90 @@ def show(at: _At, name: str, tag: str | None, as_json: bool) -> None:
 @_TAG
 @click.option("--force", is_flag=True, help="Do it, whoever works under the lock.")
 def release(at: _At, name: str, tag: str | None, force: bool, as_json: bool) -> None:
-    """Take the lock NAME away from all who hold it, of whatever kind it is.
+    """Take the lock NAME away from all who hold it.
 
-    Needs --force, for it stops nobody: who held the lock learns that it was lost when it extends,
-    renews or releases it, or in a transaction, and goes on until then, while the next in line gets
-    the lock at once.
+    Needs --force, for it stops nobody: the next in line gets the lock at once, and who had it works
+    on until it extends, renews or releases it, or ends a transaction, and learns that it is lost.
+
+    Locks of several kinds may have this name: all are taken away, or those of --kind.
     """
     if not force:
         raise UsageError(
-            f"{shown_as.printable(name)} was not released: whoever holds it would not stop, and "
-            "the next one would work at the same time. See `locks show`; --force does it"
+            f"{show.printable(name)} is not released: whoever holds it would not stop, and the "
+            "next one would work at the same time; --force does it all the same"
         )
     held = [state for state in at.called(name, tag) if state.holders]
     for state in held:
-        # As many may come in as had it: that was allowed.
+        # As many may come in as had it: so many were let in before.
         commands = state.lock.commands(at.prefix, most=len(state.holders))
         released = at.ask(commands.release("", 0, "")) == 1
         if as_json:
-            shown_as.print_json({**state.as_json(), "released": released})
+            show.print_json({**state.as_json(), "released": released})
             continue
+        what = "taken away from" if released else "was just given back by"
         for holder in state.holders:
-            what = "taken away from" if released else "just given back by"
             _print(f"{state.lock}: {what} {_who(holder)}")
     if not held and not as_json:
         _print_nobody(at, name, tag)
 
 
 def _print(line: str) -> None:
-    shown_as.console().print(Text(line))
+    show.console().print(Text(line))
 
 
 def _print_nobody(at: _At, name: str, tag: str | None) -> None:
-    kind = "" if at.kind is None else f" ({at.kind})"
     where = f"prefix {at.prefix}, {'no tag' if tag is None else f'tag {tag}'}"
-    _print(
-        f"{shown_as.printable(name)}{kind}: nobody holds it ({shown_as.printable(where)})"
-    )
+    where += "" if at.kind is None else f", {at.kind}"
+    _print(f"{show.printable(name)}: nobody holds it ({show.printable(where)})")
 
 
 def _print_table(found: Sequence[_State]) -> None:
-    table = Table("name", "kind", "held by", "since", "left", "fence", "waiting", box=None)
-    for state in found:
-        first, *others = state.holders
-        for holder in state.holders:
-            pass
-        cells = (
-            shown_as.printable(state.lock.name),
-        )
-        table.add_row(*(Text(cell, overflow="fold") for cell in cells))
-    shown_as.console().print(table)
+    rows = [_HEAD, *map(_cells, found)]
+    widths = [max(map(cell_len, column)) for column in zip(*rows, strict=True)]
+    lines = [
+        "  ".join(set_cell_size(*cell) for cell in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    ]
+    # rich's own table takes a second for a thousand rows
+    show.console().print(Text(lines[0], style="bold"), soft_wrap=True)
+    show.console().print(Text("\n".join(lines[1:])), soft_wrap=True)
+
+
+def _cells(state: _State) -> tuple[str, ...]:
+    first = min(state.holders, key=lambda holder: holder.since)
+    last = max(state.holders, key=lambda holder: holder.remaining)
+    tag = "" if state.lock.tag is None else f", tag {show.printable(state.lock.tag)}"
+    return (
+        show.printable(state.lock.name), f"{state.lock.kind}{tag}",
+        _who(first) if len(state.holders) == 1 else many(len(state.holders), "holder"),
+        _since(state, first), show.duration(round(last.remaining, 3)),
+        str(max(holder.fence for holder in state.holders)), f"{state.waiting:,}",
+    )  # fmt: skip
+
+
+def _who(holder: Holder) -> str:
+    """Say who holds it; one to whom it was handed over has not said yet who it is."""
+    return show.printable(str(holder)) if holder.host else "the next in line, just now"
+
+
+def _since(state: _State, holder: Holder) -> str:
+    return show.ago(max(0.0, round(state.now - holder.since, 3)))
+
+
+def _in_words(state: _State, holder: Holder) -> str:
+    return (
+        f"{_who(holder)}; since {_since(state, holder)}, "
+        f"{show.duration(round(holder.remaining, 3))} left, fence {holder.fence}"
+    )
+
+
+def _waiting(state: _State, line: Sequence[Waiter]) -> str:
+    if not line:
+        return "nobody"
+    shown = []
+    for waiter in line[:_SHOWN]:
+        purpose = "" if state.lock.kind != "rwlock" else " to write" if waiter.alone else " to read"
+        shown.append(f"{show.duration(max(0.0, round(state.now - waiter.since, 3)))}{purpose}")
+    more = state.waiting - len(shown)
+    shown += [f"and {more:,} more"] if more > 0 else []
+    return f"{state.waiting:,}, for {', '.join(shown)}"

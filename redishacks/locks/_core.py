@@ -15,7 +15,7 @@ from typing import Any, Generic, NoReturn, Protocol, TypedDict, TypeVar, cast
 from redishacks._command import Call, Command, Sleep, Steps, ask, ask_all
 from redishacks._slots import key_slot
 from redishacks._transport import AsyncTransport, Hook, SyncTransport
-from redishacks._units import Seconds, seconds
+from redishacks._units import Seconds, patience, seconds
 from redishacks.errors import (
     MaybeAppliedError,
     RedisHacksError,
@@ -218,15 +218,28 @@ class Hold:
         self._asked = since
         self._until = min(since + self._wanted * _SKEW, self._end)
 
-    def extended(self, since: float, length: float) -> None:
-        """Hear that another lease was asked for at that moment, and began."""
-        self.ttl = self._wanted = length
-        self.renewed(since)
-        self.watched()
+    def extension(self, length: float | None, now: float) -> Command[list[Any]]:
+        """Return what begins a lease of this length anew, by default of the length it has."""
+        self._wanted = min(self.ttl if length is None else length, self._end - now)
+        command = self._core.kind.acquire(self._core.asking(self, MINE, self._wanted))
+        return command._replace(repeatable=True)
 
-    def room(self, length: float, now: float) -> float:
-        """Return how many seconds a lease may last that begins now."""
-        return min(length, self._end - now)
+    def answered(self, reply: list[Any], since: float) -> bool:
+        """Take the answer to an extension; return whether it was too late and is asked for again.
+
+        Raises `LockLostError`.
+        """
+        self._core.learn(reply[1])
+        if reply[0] == -1:
+            return True
+        if reply[0] == 1:
+            self.ttl = self._wanted
+            self.renewed(since)
+            self.watched()
+        else:
+            self.ended()
+        self.check()
+        return False
 
     def keep_on(self, on: bool) -> None:
         """Have the lease begun anew in the background, or no more."""
@@ -346,7 +359,7 @@ class Core(ABC, Generic[T]):
         self.kind = kind
         self._names = names
         self.ttl = _lease(ttl)
-        self.wait = _patience(wait)
+        self.wait = patience(wait, "wait")
         self.renew = renew
         if renew and self.ttl < _SHORTEST_RENEWED:
             raise UsageError(f"renew=True needs a ttl of 0.1 s or more, not {ttl!r}")
@@ -364,7 +377,6 @@ class Core(ABC, Generic[T]):
         self._on_event = on_event
         self._label = _label(label)
         self.deadline = seconds(deadline, "deadline")
-        self._micros = micros(self.ttl)
         #: How many seconds later by the server's clock a command may still be carried out.
         self._late = self.deadline + _GRACE
         self._client = client
@@ -450,13 +462,13 @@ class Core(ABC, Generic[T]):
     def acquire_steps(self, kind: type[H], wait: Any, ttl: Seconds | None) -> Steps[H]:
         """Get the lock, now or within the wait; raises `LockedError`."""
         length = self.ttl if ttl is None else _lease(ttl)
-        patience = self.patience(wait)
+        longest = self.patience(wait)
         owner = self._owner()
         mine = here.find((self._here, owner)) if self._alone else None
         if mine is not None:
             return self._nested(cast("H", mine))
         began = clock()
-        end = began + patience
+        end = began + longest
         while True:
             hold = kind(self, self._station(), owner, length)
             try:
@@ -465,13 +477,13 @@ class Core(ABC, Generic[T]):
             except _Forked:
                 pass  # the acquisition is the parent's: this process has one of its own
         self.settle(hold)
-        if self._on_event is not None and patience:
+        if self._on_event is not None and longest:
             self._tell("waited", clock() - began)
         return hold
 
     def patience(self, wait: Any) -> float:
         """Return how many seconds to wait."""
-        return self.wait if wait is UNSET else _patience(wait)
+        return self.wait if wait is UNSET else patience(wait, "wait")
 
     def fresh(self, kind: type[H], ttl: Seconds | None) -> H:
         """Return an acquisition to begin with; raises `SelfDeadlockError`."""
@@ -598,8 +610,8 @@ class Core(ABC, Generic[T]):
                 now = clock()
                 # Who asks for the first time is told at once that nobody is there.
                 there = ticket != "" or isinstance(error, MaybeAppliedError)
-                patience = max(hold.ttl, self.deadline) if ticket else self.deadline
-                if not there or now >= began + patience or (ticket and now >= end):
+                longest_away = max(hold.ttl, self.deadline) if ticket else self.deadline
+                if not there or now >= began + longest_away or (ticket and now >= end):
                     raise UnavailableError(f"lock {self.name}: not acquired: {error}") from error
                 yield Sleep(pause)
                 pause = min(2 * pause or _PAUSES[0], longest)
@@ -662,10 +674,10 @@ class Core(ABC, Generic[T]):
         written: list[Any] = []
         write: Any = self.kind.acquire(self.asking(hold, MINE))
         write = write._replace(parse=written.append)
-        patience = str(max(1, round(self.deadline * 500)))
+        half = str(max(1, round(self.deadline * 500)))
         # WAIT counts the writes of its own connection only: in vain before the write has gone well.
         count: Command[Any] = Command(
-            ("WAIT", str(self._replicas), patience), (self.kind.key,),
+            ("WAIT", str(self._replicas), half), (self.kind.key,),
             lambda reply: reply if written else 0, bulk=True,
         )  # fmt: skip
         outcomes = yield from ask_all([write, count])
@@ -688,12 +700,11 @@ class Core(ABC, Generic[T]):
             if when is not None:
                 hold._station.keep(hold, when)
 
-    def asking(self, hold: Hold, ticket: str) -> Ask:
+    def asking(self, hold: Hold, ticket: str, ttl: float | None = None) -> Ask:
         """Return what to ask for."""
         not_after = f"{(time.time() + self._late) * 1e6:.0f}"
-        ttl = self._micros if hold.ttl == self.ttl else micros(hold.ttl)
         ear = hold._ear if ticket else ""
-        return Ask(hold.token, ttl, not_after, ticket, ear, self._info(hold))
+        return Ask(hold.token, micros(ttl or hold.ttl), not_after, ticket, ear, self._info(hold))
 
     def _info(self, hold: Hold) -> str:
         return f"{hold._process}{self._label}\t{self._thread(hold._owner)}"
@@ -766,27 +777,17 @@ class _Forked(Exception):
 
 
 def extend_all_steps(holds: Sequence[Hold], ttl: Seconds | None) -> Steps[None]:
-    """Begin leases of one kind anew, in one command; raises `LockLostError`."""
-    for hold in holds:
-        hold.check()
-    since = clock()
-    lengths = [hold.room(hold.ttl if ttl is None else _lease(ttl), since) for hold in holds]
-    keys = tuple(hold.key for hold in holds)
-    args = tuple(
-        word
-        for hold, length in zip(holds, lengths, strict=True)
-        for word in (hold.token, micros(length))
-    )
-    script = holds[0].renewal.script
-    command: Command[list[int]] = Command(args, keys, script=script, repeatable=True)
-    gone = yield from ask(command)
-    for at, (hold, length) in enumerate(zip(holds, lengths, strict=True), 1):
-        if at in gone:
-            hold.ended()
-        else:
-            hold.extended(since, length)
-    for hold in holds:
-        hold.check()
+    """Begin leases anew, in one exchange; raises `LockLostError`."""
+    length = None if ttl is None else _lease(ttl)
+    late = True
+    while late:
+        for hold in holds:
+            hold.check()
+        since = clock()
+        outcomes = yield from ask_all([hold.extension(length, since) for hold in holds])
+        late = False
+        for hold, outcome in zip(holds, outcomes, strict=True):
+            late = hold.answered(outcome.result(), since) or late
 
 
 class Wrapping(Protocol):
@@ -830,12 +831,6 @@ def _lease(ttl: Seconds) -> float:
     if not _SHORTEST <= length <= _LONGEST:
         raise UsageError(f"a ttl is from 1 ms to 366 days, not {ttl!r}")
     return length
-
-
-def _patience(wait: Seconds | None) -> float:
-    if wait is None:
-        return math.inf
-    return 0.0 if not isinstance(wait, bool) and wait == 0 else seconds(wait, "wait")
 
 
 def _label(label: Any) -> str:

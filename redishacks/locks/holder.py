@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from redishacks.errors import RedisHacksError
 
@@ -40,6 +40,9 @@ class LockedError(RedisHacksError):
         self.holder = holder
         self.remaining = remaining
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (str(self), self.name, self.holder, self.remaining)
+
 
 class SelfDeadlockError(LockedError):
     """This very thread or task holds the lock and asked for it again; nobody was asked."""
@@ -54,6 +57,9 @@ class LockLostError(RedisHacksError):
     def __init__(self, message: str, name: str) -> None:
         super().__init__(message)
         self.name = name
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (str(self), self.name)
 
 
 def parse_info(info: str, fence: int, remaining: float) -> Holder | None:

@@ -79,8 +79,8 @@ class Lock(_Lock[SyncTransport], SyncCore):
 
     - `wait`: seconds to stand in line; 0 raises `LockedError` at once, None waits without end.
     - `ttl`: seconds of the lease, from 1 ms to 366 days.
-    - `renew`: begin the lease anew in the background, each time half of it is over, until the release or
-      for `max_hold` seconds (an hour unless said otherwise), as long as the handle is not garbage.
+    - `renew`: begin the lease anew in the background whenever half of it is over, until the release
+      or for `max_hold` seconds (an hour unless said otherwise), while the handle is not garbage.
     - `fair=False`: a free lock goes to whoever asks first, not to the first in line: more
       throughput, but some may wait for long.
     - `reentrant`: let a thread (or task) that holds it acquire it again; its last release counts.

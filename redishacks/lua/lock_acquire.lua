@@ -45,14 +45,15 @@ elseif state then
   left = left - now
   if holder == token then
     hold(token, ttl, fence, lost, waiting, ARGV[6])
-    return {1, now, tonumber(fence)}
-  end
-  if left <= 0 then
+    if ttl >= left or waiting == '0' then
+      return {1, now, tonumber(fence)}
+    end
+  elseif left <= 0 then
     holder, lost = nil, fence
   end
 end
 
-if ticket == '!' then
+if ticket == '!' and holder ~= token then
   return {-2, now}
 end
 if not holder then
@@ -69,6 +70,10 @@ end
 
 --@ include lock_line
 
+if holder == token then -- for less time than those in line have been told
+  warn_next(line, nil, ttl)
+  return {1, now, tonumber(fence)}
+end
 if not holder then
   local who, mode, first = first_in(line, token)
   if not who or who == token or mode == 'u' then

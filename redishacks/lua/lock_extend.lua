@@ -1,4 +1,4 @@
--- Begin the leases of locks anew.
+-- Begin the leases of locks anew, none to end sooner than before: nobody in line is told.
 --
 -- EVALSHA sha n lock ...  token ttl ...
 -- KEYS[i]  lock: as in lock_acquire.lua

@@ -25,6 +25,9 @@ if own < 0 then
   return {-2, now}
 end
 local taken = own > 0
+if taken and now + ttl < own then -- for less time than those in line have been told
+  warn_next(line, nil, ttl)
+end
 if not taken then
   if ticket == '!' then
     return {-2, now}

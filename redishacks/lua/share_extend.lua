@@ -1,4 +1,4 @@
--- Begin the leases of locks anew that several may hold.
+-- Begin the leases of locks anew that several may hold, none to end sooner than before.
 --
 -- EVALSHA sha n holders ...  token ttl ...
 -- KEYS[i]  holders: as in share_acquire.lua

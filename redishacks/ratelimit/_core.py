@@ -21,7 +21,7 @@ from redishacks._command import Command, Outcome, Sleep, Steps, ask, ask_all
 from redishacks._drive import AsyncTransport, Transport
 from redishacks._linger import TaskSender, ThreadSender
 from redishacks._transport import Hook
-from redishacks._units import Seconds, seconds
+from redishacks._units import Seconds, patience, seconds
 from redishacks.errors import MaybeAppliedError, UnavailableError, UsageError
 from redishacks.ratelimit._chores import Chores
 from redishacks.ratelimit._lists import KeyList
@@ -424,8 +424,7 @@ class Limiter(ABC, Generic[T, S]):
         self, key: Keys, cost: Cost, timeout: Seconds | None, limits: Limits
     ) -> Steps[Decision]:
         """Hit when it is this one's turn, or not at all when that is beyond the timeout."""
-        patience = _FOR_EVER if timeout is None else _patience(timeout)
-        end = monotonic() + patience
+        end = monotonic() + min(patience(timeout, "timeout"), _FOR_EVER)
         remembered = self.recall(key, cost, limits)
         if remembered is not None and remembered.allowed:
             return remembered
@@ -545,10 +544,6 @@ def _near(near: Near | None) -> Near | None:
             f"near is (fraction, callback), such as (0.8, warn), the callback not async: {near!r}"
         )
     return near
-
-
-def _patience(timeout: Seconds) -> float:
-    return 0.0 if timeout == 0 else seconds(timeout, "timeout")
 
 
 def _bucket_left(fields: Sequence[str], now: int) -> float:

@@ -16,7 +16,7 @@ from redishacks._command import Command, Sleep, Steps, ask, script
 from redishacks._drive import AsyncTransport, Transport
 from redishacks._linger import TaskSender, ThreadSender
 from redishacks._transport import Hook
-from redishacks._units import EXACT, Seconds, seconds
+from redishacks._units import EXACT, Seconds, patience, seconds
 from redishacks.errors import MaybeAppliedError, RedisHacksError, UnavailableError, UsageError
 from redishacks.ratelimit._core import AWAY, Counts
 from redishacks.ratelimit._keeper import Keeper
@@ -303,8 +303,7 @@ class Concurrency(ABC, Generic[T]):
         """Get a place, now or within the wait; raises `RateLimitedError`."""
         row = self._row(key)
         most = self._amount if amount is None else _checked(amount)
-        patience = math.inf if wait is None else 0.0 if wait == 0 else seconds(wait, "wait")
-        end = monotonic() + patience
+        end = monotonic() + patience(wait, "wait")
         pause, longest = _PAUSES
         while True:
             # Each time with a token of its own: the last one may have been given up in doubt.
