@@ -7,6 +7,7 @@ Keys that one command touches share the `{tag}`, so that they live in one slot o
 from __future__ import annotations
 
 import re
+import reprlib
 
 from redishacks.errors import UsageError
 
@@ -24,8 +25,13 @@ def quote(text: str) -> str:
 
 def check_name(value: object, what: str) -> str:
     """Return a prefix or a tool's name fit for a key, or raise `UsageError`."""
-    if not isinstance(value, str) or not value or len(value.encode()) > 256:
-        raise UsageError(f"{what} must be a string of 1 to 256 bytes, not {value!r}")
+    try:
+        fits = isinstance(value, str) and 0 < len(value.encode()) <= 256
+    except UnicodeEncodeError:
+        fits = False
+    if not isinstance(value, str) or not fits:
+        shown = reprlib.repr(value)
+        raise UsageError(f"{what} must be a string of 1 to 256 bytes of UTF-8, not {shown}")
     return quote(value)
 
 

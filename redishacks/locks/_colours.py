@@ -105,7 +105,7 @@ class AsyncCore(Core[AsyncTransport]):
         return async_station(self._bare)
 
     def _owner(self) -> asyncio.Task[Any] | None:
-        return asyncio.current_task()
+        return this_task()
 
     def _thread(self, owner: asyncio.Task[Any] | None) -> str:
         return "" if owner is None else owner.get_name()
@@ -151,7 +151,7 @@ class AsyncCore(Core[AsyncTransport]):
         return await drive_async(self.force_steps(), self.transport, self.deadline)
 
     async def __aenter__(self) -> AsyncHeld:
-        return self.entered.push(asyncio.current_task(), await self.acquire())
+        return self.entered.push(this_task(), await self.acquire())
 
     async def __aexit__(
         self,
@@ -159,8 +159,16 @@ class AsyncCore(Core[AsyncTransport]):
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        held: AsyncHeld = self.entered.pop(asyncio.current_task())
+        held: AsyncHeld = self.entered.pop(this_task())
         await held.__aexit__(kind, error, trace)
+
+
+def this_task() -> asyncio.Task[Any] | None:
+    """Return the running task; None in a child that was forked inside of a loop."""
+    try:
+        return asyncio.current_task()
+    except RuntimeError:
+        return None
 
 
 # Decorators

@@ -98,8 +98,10 @@ class Hold:
     #: A command may have arrived whose reply was lost.
     _doubt = False
     _released = _lost = _told = False
-    #: Seconds of the lease that was asked for last.
+    #: Seconds of the lease that the keeper asked for last.
     _wanted = 0.0
+    #: When the last answer came that began a lease.
+    _answered_at = 0.0
     #: When the keeper looks at it next.
     kept_until = math.inf
 
@@ -215,16 +217,15 @@ class Hold:
 
     def renewed(self, since: float) -> None:
         """Hear that the lease it wanted was asked for at that moment, and began."""
-        self._asked = since
-        self._until = min(since + self._wanted * _SKEW, self._end)
+        self._lasts(since, self._wanted)
 
-    def extension(self, length: float | None, now: float) -> Command[list[Any]]:
-        """Return what begins a lease of this length anew, by default of the length it has."""
-        self._wanted = min(self.ttl if length is None else length, self._end - now)
-        command = self._core.kind.acquire(self._core.asking(self, MINE, self._wanted))
-        return command._replace(repeatable=True)
+    def extension(self, length: float | None, now: float) -> tuple[float, Command[list[Any]]]:
+        """Return what begins a lease anew, and its seconds; by default those it has."""
+        wanted = min(self.ttl if length is None else length, self._end - now)
+        command = self._core.kind.acquire(self._core.asking(self, MINE, wanted))
+        return wanted, command._replace(repeatable=True)
 
-    def answered(self, reply: list[Any], since: float) -> bool:
+    def answered(self, reply: list[Any], since: float, wanted: float) -> bool:
         """Take the answer to an extension; return whether it was too late and is asked for again.
 
         Raises `LockLostError`.
@@ -233,13 +234,20 @@ class Hold:
         if reply[0] == -1:
             return True
         if reply[0] == 1:
-            self.ttl = self._wanted
-            self.renewed(since)
+            self.ttl = wanted
+            self._lasts(since, wanted)
             self.watched()
         else:
             self.ended()
         self.check()
         return False
+
+    def _lasts(self, since: float, length: float) -> None:
+        until = since + length * _SKEW
+        if since <= self._answered_at:  # the server may have heard the other question later
+            until = min(until, self._until)
+        self._asked, self._until = since, min(until, self._end)
+        self._answered_at = clock()
 
     def keep_on(self, on: bool) -> None:
         """Have the lease begun anew in the background, or no more."""
@@ -307,7 +315,12 @@ class Entered:
         return held
 
     def pop(self, owner: Hashable) -> Any:
-        """Return what the `with` holds that ends: the last that began."""
+        """Return what the `with` holds that ends: the last that began here, or else anywhere.
+
+        A generator may be closed by another thread or task than the one that began it.
+        """
+        if owner not in self._holds:
+            owner = next(reversed(self._holds))
         holds = self._holds[owner]
         held = holds.pop()
         if not holds:
@@ -358,11 +371,9 @@ class Core(ABC, Generic[T]):
         self.name = names.name
         self.kind = kind
         self._names = names
-        self.ttl = _lease(ttl)
-        self.wait = patience(wait, "wait")
         self.renew = renew
-        if renew and self.ttl < _SHORTEST_RENEWED:
-            raise UsageError(f"renew=True needs a ttl of 0.1 s or more, not {ttl!r}")
+        self.ttl = self._lease(ttl)
+        self.wait = patience(wait, "wait")
         if max_hold is not None and not renew:
             raise UsageError("max_hold bounds the renewal of a lease: give renew=True, too")
         most = _MAX_HOLD if max_hold is None else seconds(max_hold, "max_hold")
@@ -373,8 +384,8 @@ class Core(ABC, Generic[T]):
             )
         self._replicas = replicas
         self._reentrant = reentrant
-        self._on_lost = on_lost
-        self._on_event = on_event
+        self._on_lost = _plain(on_lost, "on_lost")
+        self._on_event = _plain(on_event, "on_event")
         self._label = _label(label)
         self.deadline = seconds(deadline, "deadline")
         #: How many seconds later by the server's clock a command may still be carried out.
@@ -461,7 +472,7 @@ class Core(ABC, Generic[T]):
 
     def acquire_steps(self, kind: type[H], wait: Any, ttl: Seconds | None) -> Steps[H]:
         """Get the lock, now or within the wait; raises `LockedError`."""
-        length = self.ttl if ttl is None else _lease(ttl)
+        length = self.ttl if ttl is None else self._lease(ttl)
         longest = self.patience(wait)
         owner = self._owner()
         mine = here.find((self._here, owner)) if self._alone else None
@@ -481,6 +492,12 @@ class Core(ABC, Generic[T]):
             self._tell("waited", clock() - began)
         return hold
 
+    def _lease(self, ttl: Seconds) -> float:
+        length = _lease(ttl)
+        if self.renew and length < _SHORTEST_RENEWED:
+            raise UsageError(f"renew=True needs a ttl of 0.1 s or more, not {ttl!r}")
+        return length
+
     def patience(self, wait: Any) -> float:
         """Return how many seconds to wait."""
         return self.wait if wait is UNSET else patience(wait, "wait")
@@ -491,7 +508,7 @@ class Core(ABC, Generic[T]):
         mine = here.find((self._here, owner))
         if mine is not None:
             self._nested(mine)
-        return kind(self, self._station(), owner, self.ttl if ttl is None else _lease(ttl))
+        return kind(self, self._station(), owner, self.ttl if ttl is None else self._lease(ttl))
 
     def begin(self, hold: Hold, fence: int, since: float) -> None:
         """Take note that it is held since it was asked for at that moment."""
@@ -551,7 +568,7 @@ class Core(ABC, Generic[T]):
     def _ask_and_wait(self, hold: Hold, end: float) -> Steps[None]:
         wakeups = hold._station.wakeups
         bell: Any = None
-        ticket = ""
+        ticket, contended = "", False
         try:
             if end > clock():
                 bell = wakeups.enter(hold.token)
@@ -572,9 +589,13 @@ class Core(ABC, Generic[T]):
                 if since >= end:
                     if ticket:
                         yield from self._leave_line(hold)
+                    if not contended:
+                        self._tell("contended", 0.0)
                     self.refuse(hold, reply)
-                if not ticket:
+                if not contended:
+                    contended = True
                     self._tell("contended", 0.0)
+                if not ticket:
                     hold._ear, ticket = (yield from self._listen(hold)), "0"
                     continue
                 ticket = reply[4].decode()
@@ -642,8 +663,6 @@ class Core(ABC, Generic[T]):
         if hold._doubt:  # an earlier copy may be under way
             self.give_up(hold)
         hold._released = True
-        if not hold._ear:
-            self._tell("contended", 0.0)
         _, _, left, _, _, fence, info = reply
         holder = parse_info(info.decode("utf-8", "replace"), fence, left / 1e6)
         state = self.kind.taken() if holder is None else f"is held by {holder}"
@@ -707,7 +726,10 @@ class Core(ABC, Generic[T]):
         return Ask(hold.token, micros(ttl or hold.ttl), not_after, ticket, ear, self._info(hold))
 
     def _info(self, hold: Hold) -> str:
-        return f"{hold._process}{self._label}\t{self._thread(hold._owner)}"
+        thread = self._thread(hold._owner)
+        if not thread.isascii():
+            thread = thread.encode("utf-8", "replace").decode()
+        return f"{hold._process}{self._label}\t{thread}"
 
     # Holding
 
@@ -784,10 +806,11 @@ def extend_all_steps(holds: Sequence[Hold], ttl: Seconds | None) -> Steps[None]:
         for hold in holds:
             hold.check()
         since = clock()
-        outcomes = yield from ask_all([hold.extension(length, since) for hold in holds])
+        asked = [hold.extension(length, since) for hold in holds]
+        outcomes = yield from ask_all([command for _, command in asked])
         late = False
-        for hold, outcome in zip(holds, outcomes, strict=True):
-            late = hold.answered(outcome.result(), since) or late
+        for hold, (wanted, _), outcome in zip(holds, asked, outcomes, strict=True):
+            late = hold.answered(outcome.result(), since, wanted) or late
 
 
 class Wrapping(Protocol):
@@ -831,6 +854,12 @@ def _lease(ttl: Seconds) -> float:
     if not _SHORTEST <= length <= _LONGEST:
         raise UsageError(f"a ttl is from 1 ms to 366 days, not {ttl!r}")
     return length
+
+
+def _plain(hook: E, what: str) -> E:
+    if hook is not None and (not callable(hook) or inspect.iscoroutinefunction(hook)):
+        raise UsageError(f"{what} is a function, not async, and not {hook!r}")
+    return hook
 
 
 def _label(label: Any) -> str:

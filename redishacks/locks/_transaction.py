@@ -13,6 +13,7 @@ from typing import Any
 
 import redis
 import redis.asyncio
+from redis.commands import CoreCommands
 from redis.exceptions import ConnectionError as Broken
 from redis.exceptions import RedisError, WatchError
 from redis.exceptions import TimeoutError as Late
@@ -21,7 +22,7 @@ from redishacks.errors import MaybeAppliedError, UnavailableError, UsageError
 from redishacks.locks._core import Hold
 
 #: What a pipeline has besides commands.
-_NO_COMMANDS = frozenset({"execute", "multi", "reset", "unwatch", "watch", "pipeline", "close"})
+_NO_COMMANDS = frozenset({"reset", "unwatch", "watch"})
 
 
 class _Noted:
@@ -40,11 +41,14 @@ class _Noted:
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
         command = getattr(self._scratch, name)
-        if name.startswith("_") or name in _NO_COMMANDS or not callable(command):
+        if name in _NO_COMMANDS or not (name == "execute_command" or hasattr(CoreCommands, name)):
             raise UsageError(f"a transaction takes commands of redis-py's pipeline, not {name}")
 
         def note(*args: Any, **options: Any) -> Any:
+            before = len(self._scratch)
             command(*args, **options)  # so that wrong arguments are told here
+            if len(self._scratch) == before:
+                raise UsageError(f"a transaction takes single commands, and {name} is none")
             self._calls.append((name, args, options))
             return self
 

@@ -6,6 +6,7 @@ from types import TracebackType
 
 from redishacks._drive import drive, drive_async
 from redishacks._units import Seconds
+from redishacks.errors import RedisHacksError
 from redishacks.locks._core import Hold
 from redishacks.locks._transaction import AsyncTransaction, Transaction
 from redishacks.locks.holder import LockLostError
@@ -56,8 +57,8 @@ class Held(Hold):
     ) -> None:
         try:
             self.release()
-        except LockLostError as loss:
-            noted(error, loss)
+        except RedisHacksError as trouble:
+            noted(error, trouble)
 
 
 class AsyncHeld(Hold):
@@ -88,13 +89,13 @@ class AsyncHeld(Hold):
     ) -> None:
         try:
             await self.release()
-        except LockLostError as loss:
-            noted(error, loss)
+        except RedisHacksError as trouble:
+            noted(error, trouble)
 
 
-def noted(error: BaseException | None, loss: LockLostError) -> None:
-    """Raise a loss, or attach it to the body's own exception, which always wins."""
+def noted(error: BaseException | None, trouble: RedisHacksError) -> None:
+    """Raise what went wrong, or attach it to the body's own exception, which always wins."""
     if error is None:
-        raise loss
+        raise trouble
     if not isinstance(error, LockLostError):
-        error.add_note(str(loss))
+        error.add_note(str(trouble))

@@ -14,7 +14,6 @@ then needs as well.
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import math
 import threading
@@ -26,9 +25,9 @@ from typing import Any, Generic, TypeVar, Unpack, cast
 from redishacks._command import Outcome, Steps, ask_all
 from redishacks._drive import drive, drive_async
 from redishacks._units import Seconds
-from redishacks.errors import MaybeAppliedError, UnavailableError, UsageError
+from redishacks.errors import MaybeAppliedError, RedisHacksError, UnavailableError, UsageError
 from redishacks.locks._clock import clock
-from redishacks.locks._colours import async_wrapped, wrapped
+from redishacks.locks._colours import async_wrapped, this_task, wrapped
 from redishacks.locks._core import (
     UNSET,
     Core,
@@ -148,8 +147,8 @@ class MultiHeld(_Several[Held]):
     ) -> None:
         try:
             self.release()
-        except LockLostError as loss:
-            noted(error, loss)
+        except RedisHacksError as trouble:
+            noted(error, trouble)
 
 
 class AsyncMultiHeld(_Several[AsyncHeld]):
@@ -180,8 +179,8 @@ class AsyncMultiHeld(_Several[AsyncHeld]):
     ) -> None:
         try:
             await self.release()
-        except LockLostError as loss:
-            noted(error, loss)
+        except RedisHacksError as trouble:
+            noted(error, trouble)
 
 
 # What is acquired
@@ -340,7 +339,7 @@ class AsyncMultiLock(_Multi[AsyncLock]):
         return async_wrapped(self, function)
 
     async def __aenter__(self) -> AsyncMultiHeld:
-        return self._entered.push(asyncio.current_task(), await self.acquire())
+        return self._entered.push(this_task(), await self.acquire())
 
     async def __aexit__(
         self,
@@ -348,4 +347,4 @@ class AsyncMultiLock(_Multi[AsyncLock]):
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        await self._entered.pop(asyncio.current_task()).__aexit__(kind, error, trace)
+        await self._entered.pop(this_task()).__aexit__(kind, error, trace)
