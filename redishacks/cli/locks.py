@@ -41,7 +41,7 @@ _SHOWN, _TOLD = 10, 1000
 #: Kinds of locks, and how the key ends that says who holds one.
 _KINDS = {"lock": "lock", "semaphore": "permits", "rwlock": "rw"}
 
-_HEAD = ("name", "kind", "held by", "since", "left", "fence", "waiting")
+_HEAD = ("name", "kind", "held by", "for", "left", "fence", "waiting")
 
 _GLOB = re.compile(r"([*?\[\]\\])")
 
@@ -171,9 +171,9 @@ def locks() -> None:
 def list_(ctx: click.Context, at: _At, begin: str, as_json: bool) -> None:
     """List the locks that are held; with PREFIX those whose names begin so.
 
-    Of a lock with several holders it shows since when the first of them has it, when the last lease
-    ends, and the highest fence; --json has them all. Looks through all keys of the database, a
-    thousand at a time.
+    It shows who has it and for how long, how much is left of the lease, the fence, and how many
+    wait. Of several holders: since the first, until the last, and the highest fence; --json has
+    each of them. Looks through all keys of the database, a thousand at a time.
     """
     found: list[_State] = []
     exits = []
@@ -289,7 +289,7 @@ def _cells(state: _State) -> tuple[str, ...]:
     return (
         show.printable(state.lock.name), f"{state.lock.kind}{tag}",
         _who(first) if len(state.holders) == 1 else many(len(state.holders), "holder"),
-        _since(state, first), show.duration(round(last.remaining, 3)),
+        _duration(state.now - first.since), _duration(last.remaining),
         str(max(holder.fence for holder in state.holders)), f"{state.waiting:,}",
     )  # fmt: skip
 
@@ -299,14 +299,14 @@ def _who(holder: Holder) -> str:
     return show.printable(str(holder)) if holder.host else "the next in line, just now"
 
 
-def _since(state: _State, holder: Holder) -> str:
-    return show.ago(max(0.0, round(state.now - holder.since, 3)))
+def _duration(seconds: float) -> str:
+    return show.duration(max(0.0, round(seconds, 3)))
 
 
 def _in_words(state: _State, holder: Holder) -> str:
     return (
-        f"{_who(holder)}; since {_since(state, holder)}, "
-        f"{show.duration(round(holder.remaining, 3))} left, fence {holder.fence}"
+        f"{_who(holder)}; for {_duration(state.now - holder.since)}, "
+        f"{_duration(holder.remaining)} left, fence {holder.fence}"
     )
 
 
@@ -316,7 +316,7 @@ def _waiting(state: _State, line: Sequence[Waiter]) -> str:
     shown = []
     for waiter in line[:_SHOWN]:
         purpose = "" if state.lock.kind != "rwlock" else " to write" if waiter.alone else " to read"
-        shown.append(f"{show.duration(max(0.0, round(state.now - waiter.since, 3)))}{purpose}")
+        shown.append(f"{_duration(state.now - waiter.since)}{purpose}")
     more = state.waiting - len(shown)
     shown += [f"and {more:,} more"] if more > 0 else []
     return f"{state.waiting:,}, for {', '.join(shown)}"

@@ -219,6 +219,10 @@ class Hold:
         """Hear that the lease it wanted was asked for at that moment, and began."""
         self._lasts(since, self._wanted)
 
+    def lease(self, ttl: Seconds) -> float:
+        """Return the seconds of a lease; raises `UsageError`."""
+        return float(self._core.lease(ttl))
+
     def extension(self, length: float | None, now: float) -> tuple[float, Command[list[Any]]]:
         """Return what begins a lease anew, and its seconds; by default those it has."""
         wanted = min(self.ttl if length is None else length, self._end - now)
@@ -372,7 +376,7 @@ class Core(ABC, Generic[T]):
         self.kind = kind
         self._names = names
         self.renew = renew
-        self.ttl = self._lease(ttl)
+        self.ttl = self.lease(ttl)
         self.wait = patience(wait, "wait")
         if max_hold is not None and not renew:
             raise UsageError("max_hold bounds the renewal of a lease: give renew=True, too")
@@ -472,7 +476,7 @@ class Core(ABC, Generic[T]):
 
     def acquire_steps(self, kind: type[H], wait: Any, ttl: Seconds | None) -> Steps[H]:
         """Get the lock, now or within the wait; raises `LockedError`."""
-        length = self.ttl if ttl is None else self._lease(ttl)
+        length = self.ttl if ttl is None else self.lease(ttl)
         longest = self.patience(wait)
         owner = self._owner()
         mine = here.find((self._here, owner)) if self._alone else None
@@ -492,7 +496,8 @@ class Core(ABC, Generic[T]):
             self._tell("waited", clock() - began)
         return hold
 
-    def _lease(self, ttl: Seconds) -> float:
+    def lease(self, ttl: Seconds) -> float:
+        """Return the seconds of a lease."""
         length = _lease(ttl)
         if self.renew and length < _SHORTEST_RENEWED:
             raise UsageError(f"renew=True needs a ttl of 0.1 s or more, not {ttl!r}")
@@ -508,7 +513,7 @@ class Core(ABC, Generic[T]):
         mine = here.find((self._here, owner))
         if mine is not None:
             self._nested(mine)
-        return kind(self, self._station(), owner, self.ttl if ttl is None else self._lease(ttl))
+        return kind(self, self._station(), owner, self.ttl if ttl is None else self.lease(ttl))
 
     def begin(self, hold: Hold, fence: int, since: float) -> None:
         """Take note that it is held since it was asked for at that moment."""
@@ -800,7 +805,7 @@ class _Forked(Exception):
 
 def extend_all_steps(holds: Sequence[Hold], ttl: Seconds | None) -> Steps[None]:
     """Begin leases anew, in one exchange; raises `LockLostError`."""
-    length = None if ttl is None else _lease(ttl)
+    length = None if ttl is None else holds[0].lease(ttl)
     late = True
     while late:
         for hold in holds:
