@@ -129,6 +129,10 @@ class Listener(_Listener):
         for end in self._bell:
             end.setblocking(False)
 
+    def __del__(self) -> None:
+        for end in getattr(self, "_bell", ()):
+            end.close()
+
     def subscribe(self, channel: bytes, sharded: bool, deadline: float) -> None:
         """Return when messages of a channel come in; who asks must be present.
 

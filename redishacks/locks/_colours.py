@@ -78,8 +78,10 @@ class SyncCore(Core[SyncTransport]):
         return drive(self.show_steps(), self.transport, self.deadline)
 
     def force_release(self) -> bool:
-        """Take the lock away from whoever holds it, who will find it lost; return whether there
-        was anybody. One round trip.
+        """Take the lock away from whoever holds it; return whether there was anybody.
+
+        The holder will find it lost, and the next in line gets it. Raises `MaybeAppliedError` when
+        the reply was lost. One round trip.
         """
         return drive(self.force_steps(), self.transport, self.deadline)
 

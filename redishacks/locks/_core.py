@@ -794,8 +794,8 @@ class Core(ABC, Generic[T]):
         return holders(reply)
 
     def force_steps(self) -> Steps[bool]:
-        """Take it away from whoever holds it."""
-        code = yield from ask(self.kind.release("", 0, "")._replace(repeatable=True))
+        """Take it away from whoever holds it; only once: a repeat might take it from the next."""
+        code = yield from ask(self.kind.release("", 0, ""))
         return bool(code == 1)
 
 

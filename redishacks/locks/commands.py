@@ -143,7 +143,7 @@ class Shared:
     def __init__(self, names: Names, rest: str, *, most: int, alone: bool = False) -> None:
         self.key = names.key(rest)
         self.mark = "w" if alone else "r"
-        self._keys = (self.key, names.key(f"{rest}:line"), names.key(f"{rest}:about"))
+        self._keys = (self.key, names.key(f"{rest}-line"), names.key(f"{rest}-about"))
         self._most = str(most)
         self._acquire, self._release = script("share_acquire"), script("share_release")
         self.extend = script("share_extend")

@@ -12,8 +12,8 @@ behind it; when it is done, other writers go first, then all readers that wait c
 Keys in Redis, all with a TTL:
 
     rh:l1:{config}:rw          zset    who holds it -> µs when its lease ends
-    rh:l1:{config}:rw:line     zset    who waits, writers first, then by when they came
-    rh:l1:{config}:rw:about    hash    about the holders; then, for two days, the last fence
+    rh:l1:{config}:rw-line     zset    who waits, writers first, then by when they came
+    rh:l1:{config}:rw-about    hash    about the holders; then, for two days, the last fence
 
 Trade-offs: writers who come one after the other keep readers out. Who reads and then wants to write
 has to give the reading back first, and to look again at what it read.

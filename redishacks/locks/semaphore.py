@@ -10,8 +10,8 @@ given back. Permits of a process that died come back when their leases end.
 Keys in Redis, all with a TTL:
 
     rh:l1:{workers}:permits          zset    who holds a permit -> µs when its lease ends
-    rh:l1:{workers}:permits:line     zset    who waits, by when they came
-    rh:l1:{workers}:permits:about    hash    about the holders; then, for two days, the last fence
+    rh:l1:{workers}:permits-line     zset    who waits, by when they came
+    rh:l1:{workers}:permits-about    hash    about the holders; then, for two days, the last fence
 
 Trade-offs: `amount` is what each process says it is, so let all say the same. One thread may take
 several permits, so nothing tells it when it waits for its own.
