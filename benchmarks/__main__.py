@@ -10,7 +10,7 @@ from pathlib import Path
 from benchmarks.harness import machine, table
 from redishacks.testing import valkey_server
 
-NAMES = ("transport", "counters", "ratelimit")
+NAMES = ("transport", "counters", "ratelimit", "locks")
 BEGIN, END = "<!-- benchmarks -->", "<!-- /benchmarks -->"
 
 

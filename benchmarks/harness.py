@@ -1,14 +1,16 @@
 """Measuring contenders side by side.
 
-A contender does a known number of operations per round. Rounds of all contenders alternate, so that
-a noisy moment hits everybody; the figures are medians over rounds, and ratios are medians of the
-ratios of each round.
+A contender does a known number of operations per round. Rounds of all contenders alternate, in ever
+another order, so that a noisy moment hits everybody; the figures are medians over rounds, and
+ratios are medians of the ratios of each round.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import platform
+import random
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -58,11 +60,13 @@ def side_by_side(
     commands: dict[str, list[float]] = {name: [] for name in contenders}
     for run in contenders.values():
         run()  # warm up: connections, scripts, caches
+    order, shuffle = list(contenders), random.Random(0).shuffle
     for _ in range(rounds):
-        for name, run in contenders.items():
+        shuffle(order)  # who comes after one that is always busy gets less of a machine
+        for name in order:
             before = processed(watch)
             began = time.perf_counter()
-            operations = run()
+            operations = contenders[name]()
             rates[name].append(operations / (time.perf_counter() - began))
             if watch is not None:
                 commands[name].append((processed(watch) - before) / operations)
@@ -107,6 +111,17 @@ def limit_row(what: str, value: float, limit: float, unit: str, peer: str = "") 
     """Make a row of a figure that must stay below a limit."""
     shown = f"{value:,.1f} {unit}"
     return Row(what, shown, peer, f"< {limit:g} {unit}", shown, value < limit)
+
+
+def percentile(values: Sequence[float], share: float) -> float:
+    """Return the value that this share of all does not exceed."""
+    return sorted(values)[math.ceil(share * len(values)) - 1]
+
+
+def show(figures: Mapping[str, Figure]) -> None:
+    """Print what each contender did."""
+    for figure in sorted(figures.values(), key=lambda figure: -figure.rate):
+        print(f"  {figure.name}: {figure.rate:,.0f}/s")
 
 
 def machine(server: redis.Redis | None = None) -> str:

@@ -11,7 +11,6 @@ import asyncio
 import contextlib
 import itertools
 import json
-import math
 import operator
 import statistics
 import subprocess
@@ -26,7 +25,7 @@ import pyrate_limiter
 import redis
 import throttled
 
-from benchmarks.harness import Figure, Row, limit_row, ratio_row, side_by_side
+from benchmarks.harness import Figure, Row, limit_row, percentile, ratio_row, show, side_by_side
 from benchmarks.transport import in_threads
 from redishacks.ratelimit import AsyncRateLimiter, Limit, RateLimiter
 from redishacks.testing import Server, valkey_server
@@ -472,11 +471,6 @@ def in_line(url: str) -> list[Row]:
     ]
 
 
-def percentile(values: Sequence[float], share: float) -> float:
-    """Return the value that this share of all does not exceed."""
-    return sorted(values)[math.ceil(share * len(values)) - 1]
-
-
 def hung(server: Server) -> list[Row]:
     """A server that was stopped: the first decision of a limiter, and all that follow."""
     first, later = [], []
@@ -509,12 +503,6 @@ def timed(limiter: RateLimiter, key: str) -> float:
     assert decision.allowed
     assert decision.degraded
     return took
-
-
-def show(figures: dict[str, Figure]) -> None:
-    """Print what each contender did."""
-    for figure in sorted(figures.values(), key=lambda figure: -figure.rate):
-        print(f"  {figure.name}: {figure.rate:,.0f}/s")
 
 
 def run() -> list[Row]:

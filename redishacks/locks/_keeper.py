@@ -139,10 +139,9 @@ class Keeper(Errands):
         """Return seconds until something is to be done."""
         now = clock()
         times = [self._times[0]] if self._times else []
-        if self._unheard:
-            times.append(self._next_try)
-        elif self._leaving:
-            times.append(min(each.until for each in self._leaving.values()))
+        if self._leaving:
+            soonest = min(each.until for each in self._leaving.values())
+            times.append(self._next_try if self._unheard else max(soonest, self._next_try))
         if times:
             self._busy_at = now
             return max(0.0, min(min(times) - now, linger))
@@ -156,7 +155,7 @@ class Keeper(Errands):
         leaving = {
             token: each
             for token, each in list(self._leaving.items())
-            if now >= (self._next_try if token in self._unheard else each.until)
+            if now >= self._next_try and (token in self._unheard or now >= each.until)
         }
         commands: list[Command[Any]] = [command for command, _ in batches]
         commands += [each.command for each in leaving.values()]
