@@ -680,7 +680,8 @@ class Core(ABC, Generic[T]):
         """Leave an acquisition of which a command may have arrived, or arrive yet."""
         command = self.kind.release(hold.token, 0, hold._ear)._replace(repeatable=True)
         try:
-            hold._station.leave(hold.token, command, clock() + self.deadline + _GRACE)
+            until = clock() + self.deadline + _GRACE
+            hold._station.leave(hold.token, command, until, hold.ttl)
             self._post(hold, command)
         except Exception:
             _log.exception("giving up lock %s failed; it ends with its lease", self.name)

@@ -82,6 +82,8 @@ class _Leaving(NamedTuple):
     command: Command[int]
     #: Until then a copy of the acquisition may arrive.
     until: float
+    #: Then its lease has ended in any case.
+    over: float
 
 
 class Keeper(Errands):
@@ -106,7 +108,8 @@ class Keeper(Errands):
     def keep(self, held: Kept, when: float) -> bool:
         """Look at a lease at that time; return whether that is sooner than anything else."""
         self._keep((held,), when)
-        return self._times[0] == when
+        first = self._times[:1]  # the keeper may have looked at it already
+        return not first or first[0] >= when
 
     def _keep(self, holds: Sequence[Kept], when: float) -> None:
         with self._guard:
@@ -119,12 +122,15 @@ class Keeper(Errands):
                     held.kept_until = when
                     refs.append(weakref.ref(held))
 
-    def leave(self, token: str, command: Command[int], until: float) -> None:
-        """Say this until somebody has heard it, and once more after that moment."""
+    def leave(self, token: str, command: Command[int], until: float, ttl: float) -> None:
+        """Say this until somebody has heard it, and once more after that moment.
+
+        A `ttl` later there is nothing left to be released.
+        """
         while len(self._leaving) >= _MOST_LEAVING:
             self.left(next(iter(self._leaving)))
         self._unheard.add(token)
-        self._leaving[token] = _Leaving(command, until)
+        self._leaving[token] = _Leaving(command, until, until + ttl)
 
     def left(self, token: str) -> None:
         """Hear that it has been left for good."""
@@ -152,6 +158,8 @@ class Keeper(Errands):
         self.error = None
         now = clock()
         batches = [] if self.closing else self._renewals(now)
+        for token in [token for token, each in list(self._leaving.items()) if now >= each.over]:
+            self.left(token)
         leaving = {
             token: each
             for token, each in list(self._leaving.items())

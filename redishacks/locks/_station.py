@@ -39,9 +39,9 @@ class _Station(Generic[S, W]):
         soonest = self.keeper.keep(held, when)
         self._see_to_it(soonest)
 
-    def leave(self, token: str, command: Command[int], until: float) -> None:
-        """Have an acquisition left, of which a copy may arrive until then."""
-        self.keeper.leave(token, command, until)
+    def leave(self, token: str, command: Command[int], until: float, ttl: float) -> None:
+        """Have an acquisition of so many seconds left, of which a copy may arrive until then."""
+        self.keeper.leave(token, command, until, ttl)
         self._see_to_it(True)
 
     def left(self, token: str) -> None:
