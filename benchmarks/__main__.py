@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 import time
 from pathlib import Path
@@ -22,9 +23,9 @@ def main() -> None:
     print(where)
     rows = []
     for name in names:
-        began = time.monotonic()
+        began, load = time.monotonic(), os.getloadavg()[0]
         rows += importlib.import_module(f"benchmarks.{name}").run()
-        print(f"{name}: {time.monotonic() - began:.0f} s", flush=True)
+        print(f"{name}: {time.monotonic() - began:.0f} s, load before {load:.1f}", flush=True)
     text = table(rows)
     print(text)
     if "--readme" in sys.argv:

@@ -63,7 +63,18 @@ class SyncCore(Core[SyncTransport]):
         and `UnavailableError` when Redis cannot be asked: what may have been taken is given back in
         the background.
         """
-        return drive(self.acquire_steps(Held, wait, ttl), self.transport, self.deadline)
+        held, end = self.attempt(Held, wait, ttl)
+        if held.fence:
+            return held
+        first: Any = None
+        if not held._ear:
+            try:
+                first = self.transport.call(self.question(held), self.deadline)
+            except BaseException as error:
+                first = error
+            if self.took(held, first):
+                return held
+        return drive(self.acquire_steps(held, end, first), self.transport, self.deadline)
 
     def adopt(self, token: str) -> Held:
         """Return a handle for an acquisition of another process, by its `held.token`.
@@ -136,7 +147,20 @@ class AsyncCore(Core[AsyncTransport]):
         """Get the lock, or raise `LockedError`, as the sync one does; a cancelled acquisition
         leaves nothing behind.
         """
-        steps = self.acquire_steps(AsyncHeld, wait, ttl)
+        held, end = self.attempt(AsyncHeld, wait, ttl)
+        if held.fence:
+            return held
+        first: Any = None
+        if not held._ear:
+            try:
+                first = await self.transport.call(self.question(held), self.deadline)
+            except GeneratorExit:
+                raise  # nobody is there to go on: the lease ends by itself
+            except BaseException as error:
+                first = error
+            if self.took(held, first):
+                return held
+        steps = self.acquire_steps(held, end, first)
         return await drive_async(steps, self.transport, self.deadline)
 
     async def adopt(self, token: str) -> AsyncHeld:

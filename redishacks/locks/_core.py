@@ -91,6 +91,8 @@ class Hold:
     fence = 0
     _asked = _began = _until = 0.0
     _end = math.inf
+    #: What wakes a waiter.
+    bell: Any = None
     #: How a waiter is told; "" for one that is not in line.
     _ear = ""
     #: How many times over it is held, by reentrance.
@@ -229,15 +231,16 @@ class Hold:
         command = self._core.kind.acquire(self._core.asking(self, MINE, wanted))
         return wanted, command._replace(repeatable=True)
 
-    def answered(self, reply: list[Any], since: float, wanted: float) -> bool:
+    def answered(self, reply: Any, since: float, wanted: float) -> bool:
         """Take the answer to an extension; return whether it was too late and is asked for again.
 
         Raises `LockLostError`.
         """
-        self._core.learn(reply[1])
-        if reply[0] == -1:
+        state, now, *_ = answer(reply)
+        self._core.learn(now)
+        if state == -1:
             return True
-        if reply[0] == 1:
+        if state == 1:
             self.ttl = wanted
             self._lasts(since, wanted)
             self.watched()
@@ -270,13 +273,17 @@ class Hold:
 
     # For the lock
 
-    def begin(self, fence: int, since: float, end: float) -> None:
-        """Hold it: the lease was asked for at that moment."""
+    def begin_asking(self) -> None:
+        """Take note of when it is asked for: the server looks at its clock later."""
+        self._asked = clock()
+
+    def begin(self, fence: int, longest: float) -> None:
+        """Hold it since it was asked for, for so many seconds at most."""
         self.fence = fence
-        self._asked = self._began = since
+        self._began = since = self._asked
         self._until = since + self.ttl * _SKEW
-        if end < math.inf:
-            self._end = since + end
+        if longest < math.inf:
+            self._end = since + longest
             self._until = min(self._until, self._end)
 
     def end(self) -> bool:
@@ -474,25 +481,64 @@ class Core(ABC, Generic[T]):
 
     # Acquiring
 
-    def acquire_steps(self, kind: type[H], wait: Any, ttl: Seconds | None) -> Steps[H]:
-        """Get the lock, now or within the wait; raises `LockedError`."""
-        length = self.ttl if ttl is None else self.lease(ttl)
-        longest = self.patience(wait)
+    def attempt(self, kind: type[H], wait: Any, ttl: Seconds | None) -> tuple[H, float]:
+        """Return an acquisition to begin with, and until when to wait.
+
+        It is held already, with a fence, when this thread or task has the lock. Who may wait and
+        can be told at once stands in line from the beginning: one command less. All others ask
+        without a line first, which is mostly all.
+        """
+        hold = self.fresh(kind, ttl)
+        longest = self.wait if wait is UNSET else patience(wait, "wait")
+        if longest and not hold.fence:
+            wakeups = hold._station.wakeups
+            hold.bell = wakeups.enter(hold.token)
+            hold._ear = wakeups.ear(self._where, self._names.channels(wakeups.name)) or ""
+        return hold, clock() + longest
+
+    def fresh(self, kind: type[H], ttl: Seconds | None) -> H:
+        """Return an acquisition to begin with, or the one that this thread or task has.
+
+        Raises `SelfDeadlockError`.
+        """
         owner = self._owner()
         mine = here.find((self._here, owner)) if self._alone else None
         if mine is not None:
             return self._nested(cast("H", mine))
-        began = clock()
-        end = began + longest
+        return kind(self, self._station(), owner, self.ttl if ttl is None else self.lease(ttl))
+
+    def question(self, hold: Hold) -> Command[list[Any]]:
+        """Return how to ask for it without a line, and note when that was."""
+        hold.begin_asking()
+        return self.kind.acquire(self.asking(hold, ""))
+
+    def took(self, hold: Hold, first: Any) -> bool:
+        """Return whether the lock was got at the first try."""
+        if type(first) is not int or hold.inherited or self._replicas:
+            return False
+        self.begin(hold, first)
+        self.learn(first)
+        if hold.bell is not None:
+            hold._station.wakeups.leave(hold.token)
+            self._tell("waited", clock() - hold._began)
+        return True
+
+    def acquire_steps(self, hold: H, end: float, first: Any = None) -> Steps[H]:
+        """Get the lock, now or within the wait; `first` is what came of the first try.
+
+        Raises `LockedError`.
+        """
+        began = hold._asked or clock()
         while True:
-            hold = kind(self, self._station(), owner, length)
             try:
-                yield from self._take(hold, end)
+                yield from self._take(hold, end, first)
                 break
             except _Forked:
-                pass  # the acquisition is the parent's: this process has one of its own
+                # The acquisition is the parent's: this process has one of its own.
+                hold = type(hold)(self, self._station(), hold._owner, hold.ttl)
+                first = None
         self.settle(hold)
-        if self._on_event is not None and longest:
+        if self._on_event is not None and end > began:
             self._tell("waited", clock() - began)
         return hold
 
@@ -507,17 +553,9 @@ class Core(ABC, Generic[T]):
         """Return how many seconds to wait."""
         return self.wait if wait is UNSET else patience(wait, "wait")
 
-    def fresh(self, kind: type[H], ttl: Seconds | None) -> H:
-        """Return an acquisition to begin with; raises `SelfDeadlockError`."""
-        owner = self._owner()
-        mine = here.find((self._here, owner))
-        if mine is not None:
-            self._nested(mine)
-        return kind(self, self._station(), owner, self.ttl if ttl is None else self.lease(ttl))
-
-    def begin(self, hold: Hold, fence: int, since: float) -> None:
-        """Take note that it is held since it was asked for at that moment."""
-        hold.begin(fence, since, self._most)
+    def begin(self, hold: Hold, fence: int) -> None:
+        """Take note that it is held since it was asked for."""
+        hold.begin(fence, self._most)
         self.settle(hold)
 
     def learn(self, now: int) -> None:
@@ -531,13 +569,13 @@ class Core(ABC, Generic[T]):
         owner = self._owner()
         hold = kind(self, self._station(), owner, self.ttl)
         hold.token = token
-        since = clock()
+        hold.begin_asking()
         command = self.kind.acquire(self.asking(hold, MINE))
-        reply = yield from ask(command._replace(repeatable=True))
-        if reply[0] != 1:
+        state, _, *more = answer((yield from ask(command._replace(repeatable=True))))
+        if state != 1:
             hold._lost = True
             raise hold.loss()
-        self.begin(hold, reply[2], since)
+        self.begin(hold, more[0])
         return hold
 
     def settle(self, hold: Hold) -> None:
@@ -557,10 +595,10 @@ class Core(ABC, Generic[T]):
         mine._depth += 1
         return mine
 
-    def _take(self, hold: Hold, end: float) -> Steps[None]:
+    def _take(self, hold: Hold, end: float, first: Any) -> Steps[None]:
         """Ask until the lock is taken, or the wait is over."""
         try:
-            yield from self._ask_and_wait(hold, end)
+            yield from self._ask_and_wait(hold, end, first)
             if self._replicas:
                 yield from self._replicate(hold)
         except GeneratorExit:
@@ -569,49 +607,41 @@ class Core(ABC, Generic[T]):
             if not hold._released and not hold.inherited:
                 self.give_up(hold)
             raise
-
-    def _ask_and_wait(self, hold: Hold, end: float) -> Steps[None]:
-        wakeups = hold._station.wakeups
-        bell: Any = None
-        ticket, contended = "", False
-        try:
-            if end > clock():
-                bell = wakeups.enter(hold.token)
-                ear = wakeups.ear(self._where, self._names.channels(wakeups.name))
-                if ear is not None:
-                    hold._ear, ticket = ear, "0"
-            while True:
-                since = clock()
-                reply = yield from self._asked(hold, ticket, end)
-                if hold.inherited:
-                    raise _Forked
-                state = reply[0]
-                if state == 1:
-                    hold.begin(reply[2], since, self._most)
-                    return
-                if state == -2:
-                    raise UnavailableError(f"lock {self.name}: taken away before its reply came")
-                if since >= end:
-                    if ticket:
-                        yield from self._leave_line(hold)
-                    if not contended:
-                        self._tell("contended", 0.0)
-                    self.refuse(hold, reply)
-                if not contended:
-                    contended = True
-                    self._tell("contended", 0.0)
-                if not ticket:
-                    hold._ear, ticket = (yield from self._listen(hold)), "0"
-                    continue
-                ticket = reply[4].decode()
-                with contextlib.suppress(UnavailableError):  # else it looks by itself
-                    yield from self._listen(hold)
-                yield from self._sleep(hold, bell, reply[2] / 1e6, reply[3], end)
-                if hold.inherited:
-                    raise _Forked
         finally:
-            if bell is not None:
-                wakeups.leave(hold.token)
+            if hold.bell is not None:
+                hold._station.wakeups.leave(hold.token)
+
+    def _ask_and_wait(self, hold: Hold, end: float, first: Any) -> Steps[None]:
+        ticket, contended = "0" if hold._ear else "", False
+        while True:
+            state, _, *more = yield from self._asked(hold, ticket, end, first)
+            first = None
+            if hold.inherited:
+                raise _Forked
+            if state == 1:
+                hold.begin(more[0], self._most)
+                return
+            if state == -2:
+                raise UnavailableError(f"lock {self.name}: taken away before its reply came")
+            left, place, known, fence, info = more
+            if hold._asked >= end and ticket:
+                yield from self._leave_line(hold)
+            if not contended:
+                contended = True
+                self._tell("contended", 0.0)
+            if hold._asked >= end:
+                self.refuse(hold, left, fence, info)
+            if not ticket:
+                if hold.bell is None:
+                    hold.bell = hold._station.wakeups.enter(hold.token)
+                hold._ear, ticket = (yield from self._listen(hold)), "0"
+                continue
+            ticket = known.decode()
+            with contextlib.suppress(UnavailableError):  # else it looks by itself
+                yield from self._listen(hold)
+            yield from self._sleep(hold, left / 1e6, place, end)
+            if hold.inherited:
+                raise _Forked
 
     def _listen(self, hold: Hold) -> Steps[str]:
         """See that this one can be told; return how."""
@@ -624,14 +654,21 @@ class Core(ABC, Generic[T]):
                 raise UnavailableError(f"lock {self.name}: its slot moves: {error}") from error
             raise
 
-    def _asked(self, hold: Hold, ticket: str, end: float) -> Steps[list[Any]]:
+    def _asked(self, hold: Hold, ticket: str, end: float, first: Any) -> Steps[tuple[Any, ...]]:
         """Ask, again when the reply was lost, and while waiting as long as Redis is away."""
         began = clock()
         pause, longest = 0.0, _PAUSES[1]
         while True:
             try:
-                reply: list[Any] = yield self.kind.acquire(self.asking(hold, ticket))
+                if first is None:
+                    hold.begin_asking()
+                    reply = yield self.kind.acquire(self.asking(hold, ticket))
+                elif isinstance(first, BaseException):
+                    raise first
+                else:
+                    reply = first
             except AWAY as error:
+                first = None
                 hold._doubt = True
                 now = clock()
                 # Who asks for the first time is told at once that nobody is there.
@@ -642,13 +679,15 @@ class Core(ABC, Generic[T]):
                 yield Sleep(pause)
                 pause = min(2 * pause or _PAUSES[0], longest)
                 continue
-            self.learn(reply[1])
-            if reply[0] != -1:
-                return reply
+            read = answer(reply)
+            self.learn(read[1])
+            if read[0] != -1:
+                return read
+            first = None
             if clock() >= began + self.deadline + _GRACE:
                 raise UnavailableError(f"lock {self.name}: not acquired: every try came too late")
 
-    def _sleep(self, hold: Hold, bell: Any, left: float, place: int, end: float) -> Steps[None]:
+    def _sleep(self, hold: Hold, left: float, place: int, end: float) -> Steps[None]:
         """Sleep until it may be this one's turn, or the wait is over."""
         wakeups = hold._station.wakeups
         heard = wakeups.ear(self._where, self._names.channels(wakeups.name)) is not None
@@ -657,18 +696,17 @@ class Core(ABC, Generic[T]):
         nap = min(nap, max(hold.ttl, _LOOK_AGAIN) if heard else _LOOK)
         look = min(clock() + nap, end)
         while (rest := look - clock()) > 0:
-            micros = yield from _wait_for(bell, rest)
+            micros = yield from _wait_for(hold.bell, rest)
             if micros == 0:
                 return
             if micros is not None:  # somebody has a moment to take it
                 look = min(look, clock() + micros / 1e6 + _APART)
 
-    def refuse(self, hold: Hold, reply: list[Any]) -> NoReturn:
+    def refuse(self, hold: Hold, left: int, fence: int, info: bytes) -> NoReturn:
         """Raise `LockedError` about who has it."""
         if hold._doubt:  # an earlier copy may be under way
             self.give_up(hold)
         hold._released = True
-        _, _, left, _, _, fence, info = reply
         holder = parse_info(info.decode("utf-8", "replace"), fence, left / 1e6)
         state = self.kind.taken() if holder is None else f"is held by {holder}"
         raise LockedError(
@@ -743,24 +781,23 @@ class Core(ABC, Generic[T]):
         """Begin a lease anew; raises `LockLostError`."""
         yield from extend_all_steps((hold,), ttl)
 
-    def release_steps(self, hold: Hold) -> Steps[None]:
-        """Give it back, once; raises `LockLostError` when it had been lost."""
-        if not hold.end():
-            return
+    def release_steps(self, hold: Hold, first: Any) -> Steps[None]:
+        """Go on with a release; `first` is what came of saying it, a code or an error.
+
+        Raises `LockLostError` when it had been lost.
+        """
         lost = hold.was_lost
         try:
-            code = yield self.giving_back(hold)
+            if isinstance(first, BaseException):
+                raise first
+            lost = first != 1 or lost
         except MaybeAppliedError:
             lost = (yield from self.release_again(hold)) or lost
         except UnavailableError as error:
             self.release_later(hold, error)
-        except GeneratorExit:
-            raise  # nobody is there to go on: the lease ends by itself
         except BaseException:
             self.give_up(hold)
             raise
-        else:
-            lost = code != 1 or lost
         if lost:
             hold.tell_lost()
             raise hold.loss()
@@ -834,6 +871,11 @@ def decorated(lock: Wrapping, function: F) -> F:
 
 
 # Values
+
+
+def answer(reply: Any) -> tuple[Any, ...]:
+    """Read the reply to `Kind.acquire`; mostly the fence is the server's time, and all it says."""
+    return (1, reply, reply) if type(reply) is int else tuple(reply)
 
 
 def holders(reply: list[Any]) -> list[Holder]:

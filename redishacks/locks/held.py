@@ -29,7 +29,15 @@ class Held(Hold):
         Raises `LockLostError` when it had been lost before. When Redis is away it is tried in the
         background until somebody has heard it. Does nothing in a forked child. One round trip.
         """
-        drive(self._core.release_steps(self), self._core.transport, self._core.deadline)
+        if not self.end():
+            return
+        core = self._core
+        try:
+            code = core.transport.call(core.giving_back(self), core.deadline)
+        except BaseException as error:
+            code = error
+        if code != 1 or self.was_lost:
+            drive(core.release_steps(self, code), core.transport, core.deadline)
 
     def transaction(self) -> Transaction:
         """Return a context manager that takes commands of a redis-py pipeline.
@@ -71,7 +79,17 @@ class AsyncHeld(Hold):
 
     async def release(self) -> None:
         """Give the lock back, as `Held.release`."""
-        await drive_async(self._core.release_steps(self), self._core.transport, self._core.deadline)
+        if not self.end():
+            return
+        core = self._core
+        try:
+            code = await core.transport.call(core.giving_back(self), core.deadline)
+        except GeneratorExit:
+            raise  # nobody is there to go on: the lease ends by itself
+        except BaseException as error:
+            code = error
+        if code != 1 or self.was_lost:
+            await drive_async(core.release_steps(self, code), core.transport, core.deadline)
 
     def transaction(self) -> AsyncTransaction:
         """Return an async context manager that takes commands, as `Held.transaction`."""

@@ -234,12 +234,13 @@ class _Multi(Generic[L]):
             return holds
         at, reply = refused
         if clock() >= end:
-            self.locks[at].refuse(holds[at], reply)
+            self.locks[at].refuse(holds[at], *reply)
         got: list[H] = []
         try:
             for lock in self.locks:
                 left = None if end == math.inf else max(0.0, end - clock())
-                got.append((yield from lock.acquire_steps(kind, left, ttl)))
+                hold, until = lock.attempt(kind, left, ttl)
+                got.append((yield from lock.acquire_steps(hold, until)))
                 got[-1].keep_on(True)
             for hold in got:
                 hold.keep_on(self.locks[0].renew)
@@ -265,7 +266,8 @@ class _Multi(Generic[L]):
         doubt = False
         try:
             while True:
-                since = clock()
+                for hold in holds:
+                    hold.begin_asking()
                 command = kind.acquire_all(others, tokens, first.asking(holds[0], ""))
                 try:
                     reply = yield command._replace(repeatable=doubt)
@@ -282,14 +284,14 @@ class _Multi(Generic[L]):
             raise
         if reply[0] == 1:
             for lock, hold, fence in zip(self.locks, holds, reply[2:], strict=True):
-                lock.begin(hold, fence, since)
+                lock.begin(hold, fence)
             return None
         if doubt or reply[0] == -2:  # an earlier copy may be under way
             self._give_up(holds)
         if reply[0] == -2:
             raise UnavailableError("locks were taken away before their reply arrived")
-        _, now, at, left, fence, info = reply
-        return at - 1, [0, now, left, -1, b"", fence, info]
+        _, _, at, *about = reply
+        return at - 1, about
 
     def _give_up(self, holds: Sequence[Hold]) -> None:
         for lock, hold in zip(self.locks, holds, strict=True):

@@ -14,7 +14,7 @@
 -- info     who asks, for people
 -- barge    '1': take a free lock whoever else is in line
 -- now      µs since 1970, for tests; else the server's own
--- Reply: {1, now, fence}                            it is taken
+-- Reply: {1, now, fence}, or just the fence if it is `now`: it is taken
 --        {0, now, left, place, ticket, fence, info}  it is not: µs until the lease ends, the place
 --                                                  in line from 0 (-1: not in line), the holder
 --        {-1, now}  too late      {-2, now}  this token was released before, or has not got it
@@ -64,14 +64,14 @@ if not holder then
     if ticket ~= '' then
       call('ZREM', line, entry)
     end
-    return {1, now, fence}
+    return fence == now and now or {1, now, fence}
   end
 end
 
 --@ include lock_line
 
 if holder == token then -- for less time than those in line have been told
-  warn_next(line, nil, ttl)
+  warn_others(line, nil, ttl)
   return {1, now, tonumber(fence)}
 end
 if not holder then
@@ -82,7 +82,7 @@ if not holder then
     return {1, now, fence}
   end
   hold(who, CLAIM, fence, lost, '1', '')
-  warn_next(line, first, CLAIM)
+  warn_others(line, first, CLAIM)
   holder, left, waiting, info = who, CLAIM, '1', ''
 elseif left > tonumber(length) then -- the clock was set back: no lease is longer than it is long
   left = tonumber(length)

@@ -49,7 +49,7 @@ for i = 1, locks do
       local who, mode, first = first_in(line)
       if who and mode == 'f' then
         write(lock, who, CLAIM, fence, lost, '1', '')
-        warn_next(line, first, CLAIM)
+        warn_others(line, first, CLAIM)
         return {0, now, i, CLAIM, fence, ''}
       end
       waiting = who and '1' or '0'

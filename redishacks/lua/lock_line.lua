@@ -35,16 +35,22 @@ local function first_in(line, own)
   end
 end
 
--- Have the next in line look again: whoever the lock was handed over to may be unable to. Another
--- thread of the same process would be no better.
-local function warn_next(line, before, micros)
-  local same = before and string.match(before, '^%S+ .(.*)$')
-  for _, entry in ipairs(call('ZRANGE', line, 0, 7)) do
-    if entry ~= before and string.match(entry, '^%S+ .(.*)$') ~= same then
-      if tell(entry, micros) then
-        return
+-- Have two of those in line look again, for whoever has it may be unable to go on: the next one and,
+-- since that may be so too, the last. Another thread of the same process would be no better.
+local function warn_others(line, before, micros)
+  local same, told = before and string.match(before, '^%S+ .(.*)$'), nil
+  for _, range in ipairs({'ZRANGE', 'ZREVRANGE'}) do
+    for _, entry in ipairs(call(range, line, 0, 7)) do
+      local ear = string.match(entry, '^%S+ .(.*)$')
+      if ear == told then
+        break
+      elseif ear ~= same then
+        if tell(entry, micros) then
+          told = ear
+          break
+        end
+        call('ZREM', line, entry)
       end
-      call('ZREM', line, entry)
     end
   end
 end

@@ -16,7 +16,12 @@ local state = call('GET', lock)
 local free = not state or string.byte(state) == 45
 
 local function set_free(fence, lost, waiting)
-  call('SET', lock, format('- %s %s %s %s', fence, lost, waiting, token), 'PX', '86400000')
+  local value = format('- %s %s %s %s', fence, lost, waiting, token)
+  if state then
+    call('SET', lock, value, 'KEEPTTL')
+  else
+    call('SET', lock, value, 'PX', '172800000')
+  end
 end
 
 local holder, ends, fence, lost, waiting
@@ -39,16 +44,19 @@ local time = call('TIME')
 local now = tonumber(ARGV[4]) or time[1] * 1000000 + time[2]
 
 if holder == token then
+  -- Before the next one is told: what is published last goes out first.
+  local next_one = call('ZRANGE', line, 0, 0)[1]
+  warn_others(line, next_one, CLAIM)
   local who, mode, first = first_in(line)
+  if first ~= next_one then
+    warn_others(line, first, CLAIM)
+  end
   if who and mode == 'f' then
     fence = math.max(now, fence + 1)
     call('SET', lock, format('%s %d %d %d %s 1 ', who, now + CLAIM, CLAIM, fence, lost), 'PX',
       '172800000')
   else
     set_free(fence, lost, who and '1' or '0')
-  end
-  if who then
-    warn_next(line, first, CLAIM)
   end
   return 1
 end
@@ -57,7 +65,7 @@ if ARGV[3] ~= '' then
   local was_first = call('ZRANGE', line, 0, 0)[1] == ARGV[3]
   call('ZREM', line, ARGV[3])
   if was_first then
-    warn_next(line, nil, math.max(0, (ends or now) - now))
+    warn_others(line, nil, math.max(0, (ends or now) - now))
   end
 end
 if free and mine == '0' and token ~= '' then

@@ -73,7 +73,7 @@ local function admit(own, now)
     entry = call('ZRANGE', line, 0, 0)[1]
   end
   if last then
-    warn_next(line, last, CLAIM)
+    warn_others(line, last, CLAIM)
   end
   return false
 end

@@ -26,7 +26,7 @@ if own < 0 then
 end
 local taken = own > 0
 if taken and now + ttl < own then -- for less time than those in line have been told
-  warn_next(line, nil, ttl)
+  warn_others(line, nil, ttl)
 end
 if not taken then
   if ticket == '!' then
