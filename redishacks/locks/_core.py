@@ -205,17 +205,21 @@ class Hold:
             return None
         if self._renew and self._until < self._end:
             grid = self.ttl / _TOGETHER
-            return math.ceil((self._asked + self.ttl / 2) / grid) * grid
+            return min(math.ceil(self._half() / grid) * grid, self._until)
         return self._until
 
     def wants(self, now: float) -> str | None:
         """Return how many µs a new lease should last, None when it is not time."""
         if not self._renew or self._released or self._lost:
             return None
-        if not self._asked + self.ttl / 2 <= now < self._until < self._end:
+        if not self._half() <= now < self._until < self._end:
             return None
         self._wanted = min(self.ttl, self._end - now)
         return micros(self._wanted)
+
+    def _half(self) -> float:
+        """Return when half of the lease is over."""
+        return (self._asked + self._until) / 2
 
     def renewed(self, since: float) -> None:
         """Hear that the lease it wanted was asked for at that moment, and began."""

@@ -16,12 +16,7 @@ local state = call('GET', lock)
 local free = not state or string.byte(state) == 45
 
 local function set_free(fence, lost, waiting)
-  local value = format('- %s %s %s %s', fence, lost, waiting, token)
-  if state then
-    call('SET', lock, value, 'KEEPTTL')
-  else
-    call('SET', lock, value, 'PX', '172800000')
-  end
+  call('SET', lock, format('- %s %s %s %s', fence, lost, waiting, token), 'PX', '86400000')
 end
 
 local holder, ends, fence, lost, waiting
