@@ -202,7 +202,7 @@ def this_task() -> asyncio.Task[Any] | None:
 
 def wrapped(lock: Any, function: Callable[..., Any]) -> Callable[..., Any]:
     """Return a function that holds something while it runs; raises `UsageError`."""
-    if inspect.iscoroutinefunction(function):
+    if _is_async(function):
         raise UsageError(f"{function!r} is async: use Async{type(lock).__name__} for it")
 
     def locked(*args: Any, **kwargs: Any) -> Any:
@@ -214,7 +214,7 @@ def wrapped(lock: Any, function: Callable[..., Any]) -> Callable[..., Any]:
 
 def async_wrapped(lock: Any, function: Callable[..., Any]) -> Callable[..., Any]:
     """The same for async functions."""
-    if not inspect.iscoroutinefunction(function):
+    if not _is_async(function):
         name = type(lock).__name__.removeprefix("Async")
         raise UsageError(f"{function!r} is not async: use {name} for it")
 
@@ -223,3 +223,8 @@ def async_wrapped(lock: Any, function: Callable[..., Any]) -> Callable[..., Any]
             return await function(*args, **kwargs)
 
     return locked
+
+
+def _is_async(function: Callable[..., Any]) -> bool:
+    call = getattr(function, "__call__", None)  # noqa: B004 - an object may have an async one
+    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(call)

@@ -269,6 +269,10 @@ class Hold:
         """See that somebody looks after the lease, if anybody has to."""
         self._core.watch(self)
 
+    def missed(self, since: float) -> None:
+        """Hear that nobody knows what became of the lease that was asked for at that moment."""
+        self._until = min(self._until, max(since + self._wanted * _SKEW, self._asked))
+
     def ended(self) -> None:
         """Hear that the lease has ended."""
         if self._released or self.inherited:
@@ -492,8 +496,8 @@ class Core(ABC, Generic[T]):
         can be told at once stands in line from the beginning: one command less. All others ask
         without a line first, which is mostly all.
         """
+        longest = self.patience(wait)
         hold = self.fresh(kind, ttl)
-        longest = self.wait if wait is UNSET else patience(wait, "wait")
         if longest and not hold.fence:
             wakeups = hold._station.wakeups
             hold.bell = wakeups.enter(hold.token)
@@ -505,11 +509,12 @@ class Core(ABC, Generic[T]):
 
         Raises `SelfDeadlockError`.
         """
+        length = self.ttl if ttl is None else self.lease(ttl)
         owner = self._owner()
         mine = here.find((self._here, owner)) if self._alone else None
         if mine is not None:
             return self._nested(cast("H", mine))
-        return kind(self, self._station(), owner, self.ttl if ttl is None else self.lease(ttl))
+        return kind(self, self._station(), owner, length)
 
     def question(self, hold: Hold) -> Command[list[Any]]:
         """Return how to ask for it without a line, and note when that was."""

@@ -30,7 +30,7 @@ from redishacks.locks._clock import clock
 _BATCH = 200
 #: Seconds that it stays at work when nothing is left to be done.
 _LINGER = 10.0
-#: Seconds until a failed renewal is tried again.
+#: Seconds until a failed renewal is tried again; or a tenth of the lease, if that is less.
 _AGAIN = 0.25
 #: Seconds between two tries to leave, at first and at most.
 _PAUSES = (0.05, 1.0)
@@ -46,6 +46,8 @@ class Kept(Protocol):
     """A lease to look after."""
 
     token: str
+    #: Seconds of its lease.
+    ttl: float
     #: When it is looked at next, inf for never.
     kept_until: float
 
@@ -64,6 +66,9 @@ class Kept(Protocol):
 
     def renewed(self, since: float) -> None:
         """Hear that the lease it wanted was asked for at that moment, and began."""
+
+    def missed(self, since: float) -> None:
+        """Hear that nobody knows what became of it."""
 
     def ended(self) -> None:
         """Hear that the lease has ended."""
@@ -163,7 +168,8 @@ class Keeper(Errands):
         leaving = {
             token: each
             for token, each in list(self._leaving.items())
-            if now >= self._next_try and (token in self._unheard or now >= each.until)
+            if (now >= self._next_try or self.closing)
+            and (token in self._unheard or now >= each.until)
         }
         commands: list[Command[Any]] = [command for command, _ in batches]
         commands += [each.command for each in leaving.values()]
@@ -227,7 +233,8 @@ class Keeper(Errands):
         if outcome.error is not None:
             now = clock()
             for held in batch:
-                self._again(held, now, now + _AGAIN)
+                held.missed(since)
+                self._again(held, now, now + min(_AGAIN, held.ttl / 10))
             return
         for place in outcome.result():
             batch[place - 1].ended()

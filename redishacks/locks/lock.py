@@ -86,7 +86,8 @@ class Lock(_Lock[SyncTransport], SyncCore):
     - `reentrant`: let a thread (or task) that holds it acquire it again; its last release counts.
     - `replicas`: how many replicas must have heard of the lock before it counts as acquired; else
       `UnavailableError`. One round trip more.
-    - `on_lost(held)` is called in the background when a lock was lost, or its `max_hold` is over.
+    - `on_lost(held)` is called in the background when a lock was lost, or its `max_hold` is over;
+      renewals wait for it to end.
     - `on_event(event, name, seconds)`: "waited" for how long, "held" for how long, "lost" after how
       long, "contended" when somebody else had it.
     - `label` is shown to whoever finds the lock held.

@@ -3,7 +3,8 @@
 -- EVALSHA sha 2 lock line  token ttl not_after ticket entry info barge  [now]
 -- KEYS[1]  lock: string "token ends ttl fence lost line info", times in µs; `lost` is the last fence
 --          whose holder did not release it, `line` is 1 when somebody may be in line. Nobody has it:
---          "- fence lost line token", with the token that was released last
+--          "- fence lost line token", with the token that was released last; so is `info` while it
+--          was handed over and not taken yet
 --          TTL: twice the lease, but two days at least: the fence outlives it by a day
 -- KEYS[2]  line: sorted set, see lock_line.lua; TTL: a minute longer than anybody sleeps
 -- token    of this acquisition: with the same one all of this may be said again
@@ -36,16 +37,13 @@ end
 local holder, left, length, fence, lost, waiting, info = nil, 0, 0, 0, '0', '0', ''
 if state and string.byte(state) == 45 then
   fence, lost, waiting, info = string.match(state, '^- (%d+) (%d+) (%d) (.*)$')
-  if info == token then
-    return {-2, now}
-  end
 elseif state then
   holder, left, length, fence, lost, waiting, info =
     string.match(state, '^(%S+) (%d+) (%d+) (%d+) (%d+) (%d) (.*)$')
   left = left - now
   if holder == token then
-    hold(token, ttl, fence, lost, waiting, ARGV[6])
     if ttl >= left or waiting == '0' then
+      hold(token, ttl, fence, lost, waiting, ARGV[6])
       return {1, now, tonumber(fence)}
     end
   elseif left <= 0 then
@@ -53,24 +51,26 @@ elseif state then
   end
 end
 
-if ticket == '!' and holder ~= token then
+if info == token or ticket == '!' and holder ~= token then
   return {-2, now}
 end
 if not holder then
   fence = fence + 1
   fence = now > fence and now or fence
   if waiting == '0' or ARGV[7] == '1' then
-    hold(token, ttl, fence, lost, waiting, ARGV[6])
     if ticket ~= '' then
       call('ZREM', line, entry)
     end
+    hold(token, ttl, fence, lost, waiting, ARGV[6])
     return fence == now and now or {1, now, fence}
   end
 end
 
 --@ include lock_line
 
+call('ZCARD', line) -- fails now, not half-way, when the key is something else
 if holder == token then -- for less time than those in line have been told
+  hold(token, ttl, fence, lost, waiting, ARGV[6])
   warn_others(line, nil, ttl)
   return {1, now, tonumber(fence)}
 end

@@ -28,14 +28,19 @@ local writes = {}
 for i = 1, locks do
   local lock, line, token = KEYS[2 * i - 1], KEYS[2 * i], ARGV[4 + i]
   local state = call('GET', lock)
-  local holder, ends, fence, lost, waiting, about = '-', now, 0, '0', '0', ''
+  local holder, ends, length, fence, lost, waiting, about = '-', now, 0, 0, '0', '0', ''
   if state and string.byte(state) == 45 then
     fence, lost, waiting, about = match(state, '^- (%d+) (%d+) (%d) (.*)$')
-    if about == token then
-      return {-2, now}
-    end
   elseif state then
-    holder, ends, fence, lost, waiting, about = match(state, '^(%S+) (%d+) %d+ (%d+) (%d+) (%d) (.*)$')
+    holder, ends, length, fence, lost, waiting, about =
+      match(state, '^(%S+) (%d+) (%d+) (%d+) (%d+) (%d) (.*)$')
+    if ends - now > tonumber(length) then -- the clock was set back
+      ends = now + length
+      write(lock, holder, tonumber(length), fence, lost, waiting, about)
+    end
+  end
+  if about == token then
+    return {-2, now}
   end
   if holder ~= token then
     if ends - now > 0 then

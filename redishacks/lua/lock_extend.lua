@@ -11,8 +11,8 @@ local now = time[1] * 1000000 + time[2]
 local gone = {}
 for i, lock in ipairs(KEYS) do
   local token, ttl = ARGV[2 * i - 1], tonumber(ARGV[2 * i])
-  local state = call('GET', lock)
-  if state and sub(state, 1, #token + 1) == token .. ' ' then
+  local state = redis.pcall('GET', lock) -- what is no lock is an error for this one alone
+  if type(state) == 'string' and sub(state, 1, #token + 1) == token .. ' ' then
     local value = format('%s %d %d %s', token, now + ttl, ttl, match(state, '^%S+ %d+ %d+ (.*)$'))
     call('SET', lock, value, 'PX', ttl < 86400000000 and '172800000' or format('%d', ttl / 500))
   else

@@ -24,6 +24,11 @@ if free then
   fence, lost, waiting = string.match(state or '- 0 0 0', '^- (%d+) (%d+) (%d)')
 else
   holder, ends, fence, lost, waiting = string.match(state, '^(%S+) (%d+) %d+ (%d+) (%d+) (%d)')
+end
+if not waiting then
+  return redis.error_reply('ERR this key is no lock')
+end
+if not free then
   if token == '' then
     token, lost = holder, fence
   end
@@ -48,8 +53,8 @@ if holder == token then
   end
   if who and mode == 'f' then
     fence = math.max(now, fence + 1)
-    call('SET', lock, format('%s %d %d %d %s 1 ', who, now + CLAIM, CLAIM, fence, lost), 'PX',
-      '172800000')
+    call('SET', lock, format('%s %d %d %d %s 1 %s', who, now + CLAIM, CLAIM, fence, lost,
+      token), 'PX', '172800000')
   else
     set_free(fence, lost, who and '1' or '0')
   end
