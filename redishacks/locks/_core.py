@@ -573,7 +573,7 @@ class Core(ABC, Generic[T]):
 
     def adopt_steps(self, kind: type[H], token: str) -> Steps[H]:
         """Hold what another process has acquired; raises `LockLostError`."""
-        if not isinstance(token, str) or not token.isalnum():
+        if not isinstance(token, str) or not (token.isalnum() and token.startswith(self.kind.mark)):
             raise UsageError(f"a token is what `held.token` is, not {token!r}")
         owner = self._owner()
         hold = kind(self, self._station(), owner, self.ttl)
@@ -734,7 +734,8 @@ class Core(ABC, Generic[T]):
             _log.exception("giving up lock %s failed; it ends with its lease", self.name)
 
     def _leave_line(self, hold: Hold) -> Steps[None]:
-        command = self.kind.release(hold.token, 0, hold._ear)._replace(repeatable=True)
+        fence = 0 if hold._doubt else -1  # no copy of its acquire is under way
+        command = self.kind.release(hold.token, fence, hold._ear)._replace(repeatable=True)
         try:
             yield from ask(command)
         except AWAY:
@@ -807,6 +808,8 @@ class Core(ABC, Generic[T]):
         except BaseException:
             self.give_up(hold)
             raise
+        if hold._doubt:  # a first copy of its acquire may be under way
+            self.give_up(hold)
         if lost:
             hold.tell_lost()
             raise hold.loss()

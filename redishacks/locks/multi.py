@@ -201,7 +201,7 @@ class _Multi(Generic[L]):
         tag: str | None = None,
         **options: Unpack[Options],
     ) -> None:
-        if isinstance(names, str) or not names:
+        if isinstance(names, str) or not names or not all(isinstance(n, str) for n in names):
             raise UsageError(f"a MultiLock takes a list of one name or more, not {names!r}")
         if options.get("reentrant") or options.get("replicas"):
             raise UsageError("a MultiLock is not reentrant, and does not wait for replicas")

@@ -17,12 +17,14 @@ local function ends(holders, now, first) -- µs until the lease ends that has `f
   return found[2] and found[2] - now or 0
 end
 
--- Let the key live for as long as there is something in it.
+-- Let the key live for as long as there is something in it; return that time in µs.
 local function expire(holders, now)
   local gone = redis.call('ZRANGE', holders, 0, 0, 'WITHSCORES')
   local last = redis.call('ZRANGE', holders, -1, -1, 'WITHSCORES')
   if last[2] then
     local rest = math.max(-gone[2], tonumber(last[2])) - now
     redis.call('PEXPIRE', holders, math.max(1, math.ceil(rest / 1000)))
+    return rest
   end
+  return 0
 end

@@ -10,11 +10,24 @@
 local GONE = 3600000000 -- µs that it is remembered who has lost it
 local holders, line, about, most = KEYS[1], KEYS[2], KEYS[3], nil
 
+-- When nobody saw the last leases end, what is known about their holders is still there.
+local function sweep()
+  if call('HLEN', about) > 1 and call('EXISTS', holders) == 0 then
+    local fence = call('HGET', about, 'fence')
+    call('DEL', about)
+    call('HSET', about, 'fence', fence or '0')
+  end
+end
+
 -- Leases that have ended are lost, and none may be longer than it is long: after a step of the
--- clock back.
+-- clock back. Who did not confirm what was handed over has lost nothing, and may ask again.
 local function settle(now)
   for _, token in ipairs(call('ZRANGEBYSCORE', holders, '0', string.format('%d', now))) do
-    call('ZADD', holders, -(now + GONE), token)
+    if string.find(call('HGET', about, token) or '', '^%d+ %d+ $') then
+      call('ZREM', holders, token)
+    else
+      call('ZADD', holders, string.format('%d', -(now + GONE)), token)
+    end
     call('HDEL', about, token)
   end
   call('ZREMRANGEBYSCORE', holders, string.format('%d', -now), '0')
@@ -56,29 +69,39 @@ end
 
 -- Hand it over to those in line for whom there is room; return whether `own` is among them.
 local function admit(own, now)
-  local last
+  local mine, told, last = false, 0, nil
   local entry = call('ZRANGE', line, 0, 0)[1]
   while entry do
     local token = string.match(entry, '^%S+')
-    if not room(token, now) then
-      break
+    local free = room(token, now)
+    if not free then
+      -- There might be room for `own`, were it not for this one, who may be gone.
+      local rest = own and room(own, now) and ends(holders, now, count(holders, now) - 1)
+      if not rest or tell(entry, rest) then
+        break
+      end
     end
     call('ZREM', line, entry)
-    if token == own then
-      return true
-    elseif tell(entry, 0) then
+    if free and token == own then
       hold(token, CLAIM, now, '')
-      last = entry
+      mine = true
+    elseif free and tell(entry, 0) then
+      hold(token, CLAIM, now, '')
+      told, last = told + 1, entry
     end
     entry = call('ZRANGE', line, 0, 0)[1]
   end
   if last then
-    warn_others(line, last, CLAIM)
+    warn_others(line, told == 1 and last or nil, CLAIM)
+  elseif entry and not own then -- what it waits for may have been handed over to who is stopped
+    local rest = ends(holders, now, string.byte(entry) == 119 and count(holders, now) - 1 or 0)
+    if rest <= CLAIM then
+      tell(entry, rest)
+    end
   end
-  return false
+  return mine
 end
 
-local function keep(now, micros)
-  expire(holders, now)
-  call('PEXPIRE', about, string.format('%d', math.max(172800000, micros / 500)))
+local function keep(now)
+  call('PEXPIRE', about, string.format('%d', math.max(172800000, expire(holders, now) / 500)))
 end

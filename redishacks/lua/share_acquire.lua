@@ -32,22 +32,26 @@ if not taken then
   if ticket == '!' then
     return {-2, now}
   end
+  sweep()
   settle(now)
   if ticket ~= '' then
     if ticket == '0' then
-      ticket = string.byte(token) == 119 and now - 4503599627370496 or now
-      ticket = string.format('%d', ticket)
+      local early, last = 0, call('ZRANGE', line, -1, -1, 'WITHSCORES')[2]
+      if string.byte(token) == 119 then
+        early = 4503599627370496
+        last = call('ZREVRANGEBYSCORE', line, '(0', '-inf', 'WITHSCORES', 'LIMIT', 0, 1)[2]
+      end
+      ticket = string.format('%d', math.max(now - early, (last or -early) + 1))
     end
     call('ZADD', line, 'NX', ticket, entry)
     taken = admit(token, now)
   else
-    admit(token, now)
-    taken = call('EXISTS', line) == 0 and room(token, now)
+    taken = admit(token, now) or call('EXISTS', line) == 0 and room(token, now)
   end
 end
 if taken then
   local fence = hold(token, ttl, now, info)
-  keep(now, ttl)
+  keep(now)
   return {1, now, fence}
 end
 
@@ -60,11 +64,12 @@ if held == 1 then
 end
 local place = -1
 if ticket ~= '' then
+  call('ZADD', line, 'NX', ticket, entry) -- it may have been taken for gone
   place = call('ZRANK', line, entry)
   local longest = math.ceil(left / 1000) + 60000
   if call('PTTL', line) < longest then
     call('PEXPIRE', line, longest)
   end
 end
-keep(now, left)
+keep(now)
 return {0, now, left, place, ticket, tonumber(fence), about_holder}

@@ -13,6 +13,7 @@ most = tonumber(ARGV[4])
 local time = call('TIME')
 local now = tonumber(ARGV[5]) or time[1] * 1000000 + time[2]
 
+sweep()
 local done = 2
 if token == '' then
   done = 0
@@ -40,5 +41,5 @@ if entry ~= '' then
 end
 settle(now)
 admit(nil, now)
-keep(now, 0)
+keep(now)
 return done
