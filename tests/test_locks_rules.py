@@ -352,7 +352,9 @@ class Oracle:
         known = self.stored() is not None
         if lease is None and fence == 0:
             self.released = who.token
-        return 2 if known and fence > self.lost else 0
+        if not known or fence == self.lost:
+            return 0
+        return 2 if fence > self.lost else 3
 
 
 class Witness:
@@ -465,6 +467,8 @@ class Trace:
     def ask(self, who: Who, what: str, ttl: int, info: str) -> None:
         """Acquire it."""
         old = self.tickets.get(who, "0")
+        if what == "now" and who in self.oracle.line:
+            what = "again"  # whoever is in line says so
         ticket = {"wait": "0", "again": old, "confirm": old, "mine": MINE}.get(what, "")
         not_after = self.now - (what == "late")
         reply = self.real.acquire(who, self.now, ticket, ttl=ttl, not_after=not_after, info=info)
@@ -483,9 +487,10 @@ class Trace:
         """Release it."""
         known = self.fences.get(who, [0]) if who is not None else [0]
         fence = {"old": known[0], "leave": 0, "unknown": 0}.get(what, known[-1])
-        reply = self.real.release(who, fence, self.now, leave=what == "leave")
+        leave = what == "leave" or who in self.oracle.line  # whoever is in line says so
+        reply = self.real.release(who, fence, self.now, leave=leave)
         self.witness.gave_back(who, fence, reply)
-        assert reply == self.oracle.release(who, self.now, fence, what == "leave")
+        assert reply == self.oracle.release(who, self.now, fence, leave)
         self.compare()
 
     def compare(self) -> None:
@@ -689,7 +694,7 @@ def test_who_does_not_take_it_loses_it_after_a_moment(lock: Real) -> None:
     taken, _, newer = lock.acquire(line[1], now + 1, "0")
     assert (taken, newer > fence + 1) == (1, True)
     assert lock.acquire(line[0], now + 1, "0")[0] == 0, "the first wakes up"
-    assert lock.release(line[0], 0, now + 1, leave=True) == 0
+    assert lock.release(line[0], 0, now + 1, leave=True) == 3
     assert lock.acquire(line[0], now + 1, MINE) == [-2, now + 1]
 
 

@@ -56,6 +56,8 @@ _ASK_EVERY, _ANSWER_IN = 5.0, 2.0
 _PAUSES = (0.02, 1.0)
 #: Seconds without anybody who listens until the connection is closed.
 _IDLE = 30.0
+#: A server that says so says it to everything, and not for long.
+_NOT_NOW = frozenset({"LOADING", "MASTERDOWN", "BUSY"})
 
 _log = logging.getLogger("redishacks")
 
@@ -107,6 +109,14 @@ class _Listener:
             raise refusal
         if monotonic() >= end:
             raise UnavailableError(f"listening to messages: {self._why}")
+
+
+def _look(reply: Any) -> None:
+    """Raise `Lost` when the server answers nothing for now."""
+    if isinstance(reply, ReplyError):
+        text = error_text(reply)
+        if text.split(" ", 1)[0] in _NOT_NOW:
+            raise Lost(text, written=True)
 
 
 def _subscription(channel: bytes, sharded: bool) -> bytes:
@@ -177,11 +187,13 @@ class Listener(_Listener):
                 select.select([self._bell[0]], [], [], pause)
                 pause = min(2 * pause, longest)
                 continue
-            pause = shortest
             try:
                 self._listen(link)
             except Lost as loss:
                 self._why = loss.why
+                if not self._on:
+                    select.select([self._bell[0]], [], [], pause)
+                pause = shortest if self._on else min(2 * pause, longest)
             except Exception:
                 _log.exception("hearing messages failed; it begins anew")
             finally:
@@ -224,6 +236,7 @@ class Listener(_Listener):
                 if type(reply) is PushNotification:
                     self._pushed(reply)
                 elif type(reply) is ReplyError:
+                    _look(reply)
                     refusal = reply  # of the subscription; the answer to its question follows
                 else:
                     with self._guard:
@@ -284,13 +297,15 @@ class AsyncListener(_Listener):
                 await asyncio.sleep(pause)
                 pause = min(2 * pause, longest)
                 continue
-            pause = shortest
             link.on_push = self._pushed
             link.on_loss = self._bell.set
             try:
                 await self._listen(link)
             except Lost as loss:
                 self._why = loss.why
+                if not self._on:
+                    await asyncio.sleep(pause)
+                pause = shortest if self._on else min(2 * pause, longest)
             finally:
                 self._on.clear()
                 link.lose(CLOSED)
@@ -321,6 +336,7 @@ class AsyncListener(_Listener):
         reply = await link.submit(words, None, monotonic() + _ANSWER_IN)
         if isinstance(reply, Lost):
             raise reply
+        _look(reply)
         async with self._news:
             self._answered(channel, reply)
             self._news.notify_all()

@@ -294,6 +294,10 @@ class Hold:
             self._end = since + longest
             self._until = min(self._until, self._end)
 
+    def stale(self) -> bool:
+        """Return whether its lease would be over by now, had it begun when it was asked for."""
+        return clock() >= self._asked + self.ttl * _SKEW
+
     def end(self) -> bool:
         """Take note of a release; return whether the server is to be told of it."""
         if self._released or self.inherited:
@@ -523,7 +527,7 @@ class Core(ABC, Generic[T]):
 
     def took(self, hold: Hold, first: Any) -> bool:
         """Return whether the lock was got at the first try."""
-        if type(first) is not int or hold.inherited or self._replicas:
+        if type(first) is not int or hold.inherited or self._replicas or hold.stale():
             return False
         self.begin(hold, first)
         self.learn(first)
@@ -622,12 +626,16 @@ class Core(ABC, Generic[T]):
 
     def _ask_and_wait(self, hold: Hold, end: float, first: Any) -> Steps[None]:
         ticket, contended = "0" if hold._ear else "", False
+        again = False
         while True:
             state, _, *more = yield from self._asked(hold, ticket, end, first)
             first = None
             if hold.inherited:
                 raise _Forked
             if state == 1:
+                if hold.stale() and not again:  # the answer took long: the lease begins anew
+                    again = True
+                    continue
                 hold.begin(more[0], self._most)
                 return
             if state == -2:

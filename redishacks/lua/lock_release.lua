@@ -8,7 +8,8 @@
 -- now      µs since 1970, for tests; else the server's own
 -- Reply: 1 it was held, and is no longer
 --        2 it is not held, and this fence was not lost as far as is known: it was released before
---        0 it was lost, or nobody knows of it
+--        3 it is not held, and a later one was lost since: nobody knows any more
+--        0 it was lost, or nobody knows of the lock
 
 local call, format, lock, line = redis.call, string.format, KEYS[1], KEYS[2]
 local token, mine = ARGV[1], ARGV[2]
@@ -71,4 +72,7 @@ end
 if free and mine == '0' and token ~= '' then
   set_free(fence, lost, waiting) -- a copy of its acquire may still be under way
 end
-return state and token ~= '' and tonumber(mine) > tonumber(lost) and 2 or 0
+if not state or token == '' or mine == lost then
+  return 0
+end
+return tonumber(mine) > tonumber(lost) and 2 or 3
