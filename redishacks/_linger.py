@@ -307,6 +307,13 @@ class TaskSender(_Sender[B]):
         self._task: asyncio.Task[None] | None = None
         self._sending = asyncio.Lock()
         self._wake = asyncio.Event()
+        self._stopped = False
+
+    def stop(self) -> None:
+        """Stop at once, with no last send: the loop is about to be closed."""
+        self._stopped = True
+        if self._task is not None:
+            self._task.cancel()
 
     async def make_room(self) -> None:
         """Make sure of a sender on this loop and of room, or raise `UnavailableError`."""
@@ -357,7 +364,8 @@ class TaskSender(_Sender[B]):
                     going = self._judge(error)
         except asyncio.CancelledError:
             try:
-                await self.send()
+                if not self._stopped:
+                    await self.send()
             except RedisHacksError as error:
                 _log.warning("buffered hits stay until the next loop, or exit: %s", error)
             raise

@@ -141,11 +141,12 @@ class _Wakeups(ABC, Generic[T, B, L]):
             node, self._listener(settings)
         )
         while (ear := self.ear(command, channels)) is None:
-            channel = channels.slot if self._sharded else channels.process
+            sharded = self._sharded
+            channel = channels.slot if sharded else channels.process
             try:
-                yield from call(listener.subscribe, channel, self._sharded, deadline)
+                yield from call(listener.subscribe, channel, sharded, deadline)
             except ServerError as error:
-                if not self._sharded or "unknown command" not in str(error):
+                if not sharded or "unknown command" not in str(error):
                     raise
                 self._sharded = False
         return ear
@@ -189,7 +190,7 @@ class Wakeups(_Wakeups[SyncTransport, Bell, Listener]):
 
     def _listener(self, settings: Settings) -> Listener:
         listener = Listener(settings, self)
-        self._transport.adopt(listener.node)
+        self._transport.adopt(listener)
         return listener
 
 

@@ -2,13 +2,57 @@
 
 from __future__ import annotations
 
+import hashlib
+import itertools
 import secrets
+import signal
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from redishacks.testing import Cluster, FaultProxy, Postgres, Server, servers_available
 from tests.helpers import Colour
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Let several runs share the tests; none knows beforehand which will be its own."""
+    parser.addoption("--share", metavar="DIRECTORY", help="share the tests with runs that say so")
+
+
+def pytest_configure() -> None:
+    """Listen to Ctrl-C though a shell's `&` began us: the processes of tests inherit that."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_runtestloop(session: pytest.Session) -> bool | None:
+    """With --share, run each test that no other run has taken; the second run goes backwards."""
+    directory = session.config.getoption("--share")
+    if not directory or session.testsfailed or session.config.option.collectonly:
+        return None
+
+    def taken(name: str) -> bool:
+        try:
+            Path(directory, hashlib.sha256(name.encode()).hexdigest()).touch(exist_ok=False)
+        except FileExistsError:
+            return True
+        return False
+
+    files = [list(items) for _, items in itertools.groupby(session.items, lambda item: item.path)]
+    if taken("the first run"):
+        files.reverse()
+    mine = (item for items in files for item in items if not taken(item.nodeid))
+    # What a test shares with the next one of the same run is torn down later.
+    item, following = next(mine, None), next(mine, None)
+    while item is not None:
+        item.config.hook.pytest_runtest_protocol(item=item, nextitem=following)
+        if session.shouldfail:
+            raise session.Failed(session.shouldfail)
+        if session.shouldstop:
+            raise session.Interrupted(session.shouldstop)
+        item, following = following, next(mine, None)
+    return True
 
 
 def pytest_report_header() -> list[str]:

@@ -70,6 +70,7 @@ def test_on_a_cluster(colour: Colour, cluster: Any, prefix: str) -> None:
     assert len({cluster.node_of(slot) for slot in slots}) > 1
 
 
+@pytest.mark.slow
 def test_through_sentinel(colour: Colour, prefix: str) -> None:
     """The master that Sentinel names; after a failover the next one, in the same process."""
     with valkey_sentinel() as setup:

@@ -6,12 +6,14 @@ import itertools
 from collections.abc import Iterator
 from typing import Any
 
+import psycopg
 import pytest
 import redis
 
 from redishacks._sink import Applied, Begun, Chunk, Reading, Status
 from redishacks.counters import BufferedCounter, FlushJob, report
 from redishacks.errors import SchemaError, ServerError, UnavailableError, UsageError
+from redishacks.testing import Postgres
 from tests.helpers import Colour, MemorySink
 from tests.workers import Database, make_sink
 
@@ -19,15 +21,32 @@ IDS = {f"/{i}": i + 1 for i in range(7)}
 CHUNK = 3
 
 
+@pytest.fixture(scope="module")
+def pg_dsns(postgres: Postgres) -> Iterator[tuple[str, str]]:
+    """Two databases for all tests here, since making one takes its time."""
+    with postgres.database() as one, postgres.database() as other:
+        yield one, other
+
+
+def emptied(dsn: str) -> Database:
+    """Return a database as if it had just been made, whatever a test has left there."""
+    with psycopg.connect(dsn, autocommit=True) as connection:
+        connection.execute(
+            "SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity "
+            "WHERE datname = current_database() AND pid <> pg_backend_pid()"
+        )
+        connection.execute("DROP SCHEMA public CASCADE")
+        connection.execute("CREATE SCHEMA public")
+    return Database(dsn)
+
+
 @pytest.fixture(params=["postgres", "sqlite"])
-def databases(request: pytest.FixtureRequest, tmp_path: Any) -> Iterator[tuple[Database, Database]]:
+def databases(request: pytest.FixtureRequest, tmp_path: Any) -> tuple[Database, Database]:
     """Two databases that have everything alike but the ledger."""
     if request.param == "sqlite":
-        yield Database(str(tmp_path / "a.db")), Database(str(tmp_path / "b.db"))
-        return
-    postgres = request.getfixturevalue("postgres")
-    with postgres.database() as one, postgres.database() as other:
-        yield Database(one), Database(other)
+        return Database(str(tmp_path / "a.db")), Database(str(tmp_path / "b.db"))
+    one, other = request.getfixturevalue("pg_dsns")
+    return emptied(one), emptied(other)
 
 
 @pytest.fixture
@@ -510,6 +529,7 @@ def test_one_bad_row_holds_up_nobody(colour: Colour, hits: Any, database: Databa
     assert job.value("/bad") == 9
 
 
+@pytest.mark.slow
 def test_batches_that_cannot_be_applied_do_not_pile_up(
     colour: Colour, hits: Any, database: Database
 ) -> None:
@@ -528,6 +548,7 @@ def test_batches_that_cannot_be_applied_do_not_pile_up(
     assert database.shown() == {"/a": 20}
 
 
+@pytest.mark.slow
 def test_stuck_batches_do_not_hold_up_others_for_ever(
     colour: Colour, hits: Any, database: Database, prefix: str, raw: redis.Redis
 ) -> None:
@@ -553,28 +574,27 @@ def test_stuck_batches_do_not_hold_up_others_for_ever(
     assert job.value("/bad") == 17
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("code", ["08001", "57014", "58000", "53400", "55P03", "40001"])
 def test_a_row_that_sounds_like_a_server_away(
-    colour: Colour, hits: Any, postgres: Any, monkeypatch: pytest.MonkeyPatch, code: str
+    colour: Colour, hits: Any, pg_dsns: tuple[str, str], monkeypatch: pytest.MonkeyPatch, code: str
 ) -> None:
     """As the connection is alive, only its batch waits; the run ends with the error anyhow."""
     monkeypatch.setattr(report, "_PATIENCE", 0.1)
-    with postgres.database() as url:
-        database = Database(url)
-        refuse(database, "/bad", code)
-        sink = colour.sink(url)
-        job = colour.job(hits, sink)
-        hits.incr_many({"/bad": 1, "/beside": 1})
-        for name in ("/first", "/second"):
-            with pytest.raises(UnavailableError):
-                job.run()
-            hits.incr(name)
+    database = emptied(pg_dsns[0])
+    refuse(database, "/bad", code)
+    job = colour.job(hits, colour.sink(database.url))
+    hits.incr_many({"/bad": 1, "/beside": 1})
+    for name in ("/first", "/second"):
         with pytest.raises(UnavailableError):
             job.run()
-        assert database.shown() == {"/first": 1, "/second": 1}
-        assert len(job.status().batches) == 1
-        mend(database)
-        assert job.run().rows == 2
+        hits.incr(name)
+    with pytest.raises(UnavailableError):
+        job.run()
+    assert database.shown() == {"/first": 1, "/second": 1}
+    assert len(job.status().batches) == 1
+    mend(database)
+    assert job.run().rows == 2
 
 
 class Ailing(MemorySink):

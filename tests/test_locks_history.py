@@ -735,15 +735,17 @@ def test_a_restarted_server_that_forgets(running: Make) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("renew", [False, True])
-def test_short_leases(running: Make, valkey: Server, renew: bool) -> None:
+def test_short_leases(running: Make, valkey: Server, proxy: FaultProxy, renew: bool) -> None:
     """Who works for longer than its lease loses the lock, and is told; with renewal it keeps it.
 
-    Some do not care about fairness.
+    Some do not care about fairness, and one is far away.
     """
+    proxy.delay(0.0 if renew else 0.06)
     options = {"ttl": 0.25, "renew": renew}
     run = running(valkey.url, options=options, hold=(0, 0.4), extends=0)
     run.add(2)
-    run.add(2, options={**options, "fair": False})
+    run.add(1, options={**options, "fair": False})
+    run.add(1, url=proxy.url)
     run.begin()
 
     def outlasted(lost: bool) -> int:

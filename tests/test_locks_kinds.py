@@ -309,7 +309,7 @@ class Model:
 
     def warn(self, micros: int, ear: str) -> None:
         """Have two look again then, of other processes: the first and the last there is."""
-        told = ""
+        told, other = "", None
         for way in (1, -1):
             for who in self.state.queue()[::way][:8]:
                 if who.ear == told:
@@ -319,6 +319,10 @@ class Model:
                         told = who.ear
                         break
                     self.drop(who)
+                else:
+                    other = other or who
+        if other and not told:
+            self.tell(other, micros)
 
     def drop(self, who: Who) -> None:
         """Have somebody leave the line; with the last one its key goes."""
@@ -1146,6 +1150,17 @@ def test_what_is_known_about_a_long_lease_lives_as_long(world: World) -> None:
     ann.does(held.release)
     bob.does(bob.does(workers.acquire).release)
     assert world.raw.ttl(about) <= 2 * day
+
+
+def test_what_is_known_lives_as_long_as_a_lease_is_renewed(world: World) -> None:
+    """Nobody else has to ask for that."""
+    (ann,) = world.people(1)
+    held = ann.does(world.make("Semaphore", "workers", 1, ttl=1, renew=True).acquire)
+    about = world.keys("workers", "permits-about")[0]
+    world.raw.pexpire(about, 60_000)
+    begins_anew(held)
+    assert world.raw.pttl(about) > 60_000
+    ann.does(held.release)
 
 
 def test_permits_taken_away(world: World) -> None:

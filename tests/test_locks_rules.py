@@ -263,7 +263,7 @@ class Oracle:
 
         They are of another process than the first, and not both of the same.
         """
-        told = None
+        told = other = None
         for step in (1, -1):
             for who in self.queue()[::step][:8]:
                 if who.ear == told:
@@ -273,6 +273,10 @@ class Oracle:
                         told = who.ear
                         break
                     del self.line[who]
+                elif who != first:
+                    other = other or who
+        if other and not told:
+            self.tell(other, micros)
 
     def hand_over(self, who: Who, now: int, giver: str = "") -> None:
         """Give the lock to somebody who has a moment to take it."""
@@ -369,17 +373,20 @@ class Witness:
         self._newest: tuple[int, str] = (0, "")
         self._given_back: set[int] = set()
         self._lost: set[int] = set()
-        #: The token that was given back last, while nobody got the lock after it.
+        #: The token that was given back last, until somebody gets the lock by asking.
         self._last = ""
         self._held: tuple[str, int] | None = None
         self._line: list[tuple[str, str]] = []
 
     def acquired(self, who: Who, ttl: int, reply: list[Any]) -> None:
         """See an acquisition."""
+        before, last = self._held, self._last
         self._look(who, own=False)
+        if self._held != before:
+            self._last = ""
         if reply[0] != 1:
             return
-        assert who.token != self._last, "a released one is granted again"
+        assert who.token != last, "a released one is granted again"
         self._last = ""
         assert reply[2] > self._newest[0] or (reply[2], who.token) == self._newest
         self._newest = reply[2], who.token
@@ -393,9 +400,10 @@ class Witness:
         self._look(None, own=own)
         if reply == 1 and who is None:
             self._counts.clear()
+            self._last = ""
         elif reply == 1 and who is not None:
             self._counts.pop(who.token, None)
-            self._last = "" if self._held else who.token
+            self._last = who.token
         elif reply == 2:
             assert fence in self._given_back
         elif fence:

@@ -76,6 +76,7 @@ class Colours(Colour):
 
     def places(self, client: Any, name: str, amount: int | None, **options: Any) -> Any:
         """Return a concurrency limiter of this colour."""
+        options.setdefault("deadline", 5)  # a busy machine may hold up anybody
         if self._runner:
             return Limiter(AsyncConcurrencyLimiter(client, name, amount, **options), self._runner)
         return ConcurrencyLimiter(client, name, amount, **options)
@@ -517,7 +518,8 @@ def test_a_lost_lease_is_told(
 
 def test_renewals_while_redis_is_away(proxy: FaultProxy, colour: Colours, prefix: str) -> None:
     """A short absence costs nobody the place; one that outlasts the lease is told."""
-    render = colour.places(proxy.url, "render", 1, prefix=prefix, lease=3.0, renew=True)
+    options: Any = {"prefix": prefix, "deadline": 0.05}
+    render = colour.places(proxy.url, "render", 1, lease=3.0, renew=True, **options)
     with render("u") as slot:
         proxy.stall()
         colour.sleep(1.5)
@@ -629,10 +631,11 @@ def test_a_lost_reply_costs_no_place(proxy: FaultProxy, colour: Colours, prefix:
 
 def test_a_stopped_redis(colour: Colours, prefix: str) -> None:
     """It costs the deadline once; what it hears when it goes on takes nobody's place."""
+    options: Any = {"prefix": prefix, "deadline": 0.05}
     with valkey_server() as server:
-        render = colour.places(server.url, "render", 1, prefix=prefix)
-        allowing = colour.places(server.url, "render", 1, prefix=prefix, on_error="allow")
-        denying = colour.places(server.url, "render", 1, prefix=prefix, on_error="deny")
+        render = colour.places(server.url, "render", 1, **options)
+        allowing = colour.places(server.url, "render", 1, on_error="allow", **options)
+        denying = colour.places(server.url, "render", 1, on_error="deny", **options)
         for limiter in (render, allowing, denying):
             limiter.peek("u")
         held = [render.acquire(f"held{n}") for n in range(20)]

@@ -296,6 +296,7 @@ def test_a_chunk_read_over_a_day_ago_is_stale(world: World) -> None:
     assert sink.apply(chunk).status is Status.APPLIED
 
 
+@pytest.mark.slow
 def test_a_locked_row_is_busy(world: World) -> None:
     """While another transaction holds a row the chunk is busy, nothing is written, and later is."""
     world.pages()
@@ -313,6 +314,7 @@ def test_a_locked_row_is_busy(world: World) -> None:
     assert world.rows() == {"/a": 3}
 
 
+@pytest.mark.slow
 def test_a_chunk_in_another_flushers_hands_is_busy(pg: World) -> None:
     """A chunk whose ledger row another transaction has written is busy until that one ends."""
     pg.pages()
@@ -735,6 +737,7 @@ def refusing(world: World, what: str, code: str) -> None:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["upsert", "update"])
 @pytest.mark.parametrize(
     ("code", "kind"), [("42501", SchemaError), ("0A000", ServerError), ("XX000", ServerError)]
@@ -946,6 +949,7 @@ def test_many_bad_rows_are_sorted_out_in_time(pg: World) -> None:
     assert sink.dead_count("hits") == 5200
 
 
+@pytest.mark.slow
 def test_a_statement_that_takes_too_long(pg: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """A slow chunk is cut up; a single row that stays too slow ends the run, nothing is lost."""
     monkeypatch.setitem(_psycopg.SETTINGS, "statement_timeout", "'300ms'")
@@ -989,6 +993,7 @@ def test_a_reading_is_of_one_id(world: World) -> None:
     assert (only.row, only.dead) == ({"last_seen": 20}, {"last_seen": 80})
 
 
+@pytest.mark.slow
 def test_a_reading_is_one_snapshot(pg: World) -> None:
     """While chunks, letters and retries commit, row + letters and the ledger always agree."""
     pg.pages(hits="bigint NOT NULL DEFAULT 0 CHECK (mod(hits, 4) <> 3)")
@@ -1256,6 +1261,7 @@ def test_two_begins_draw_one_identity(world: World) -> None:
         assert len(set(pool.map(begin, range(8)))) == 1
 
 
+@pytest.mark.slow
 def test_an_identity_in_the_making_is_waited_for(pg: World) -> None:
     """A begin() beside one that has not committed yet draws no identity of its own."""
     pg.pages()
@@ -1722,6 +1728,7 @@ def test_commits_are_durable_in_sqlite(lite: World) -> None:
 # Together
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["upsert", "update"])
 @pytest.mark.parametrize("key", ["bigint", "text"])
 def test_no_deadlocks(plain: World, mode: str, key: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import signal
 import sys
@@ -543,6 +544,16 @@ def test_interrupted_exchanges_close_their_connection(own: Server) -> None:
         signal.signal(signal.SIGALRM, old)
 
 
+@pytest.fixture
+def uncollected() -> Iterator[None]:
+    """See that no garbage of other tests is collected, and traced, in the middle of this one."""
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+@pytest.mark.usefixtures("uncollected")
 @pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning")
 def test_interrupted_calls_leave_no_connection(own: Server) -> None:
     """A handler that raises at any moment of a call: what was in use is closed and forgotten."""

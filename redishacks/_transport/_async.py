@@ -233,7 +233,8 @@ class Site:
             yield
         finally:
             self.close()
-            await asyncio.sleep(0)  # lets foreign connections say goodbye
+            for _ in range(5):  # lets foreign connections say goodbye, and tasks end
+                await asyncio.sleep(0)
 
 
 class AsyncTransport:

@@ -70,7 +70,11 @@ class _Listener:
         self._audience = audience
         self._wanted: dict[bytes, bool] = {}
         self._on: set[bytes] = set()
-        self._refused: dict[bytes, ServerError] = {}
+        #: Those that were asked for on this connection, and neither refused nor taken away.
+        self._known: set[bytes] = set()
+        #: Why a channel was refused last, and the how manieth refusal that was.
+        self._refused: dict[bytes, tuple[int, str]] = {}
+        self._refusals = 0
         self._why = "no connection in time"
         #: When somebody was last seen to listen.
         self._busy_at = monotonic()
@@ -90,7 +94,9 @@ class _Listener:
             return
         if isinstance(reply, ReplyError):
             self._wanted.pop(channel, None)
-            self._refused[channel] = ServerError(error_text(reply))
+            self._known.discard(channel)
+            self._refusals += 1
+            self._refused[channel] = self._refusals, error_text(reply)
         else:
             self._on.add(channel)
 
@@ -99,14 +105,15 @@ class _Listener:
             self._audience.hear(push[2])
         elif push[0] == b"sunsubscribe":  # its slot has moved to another node
             self._wanted.pop(push[1], None)
+            self._known.discard(push[1])
             self._on.discard(push[1])
             self._audience.missed()
 
-    def _check(self, channel: bytes, end: float) -> None:
-        """Raise when a channel is not to be heard."""
-        refusal = self._refused.pop(channel, None)
-        if refusal is not None:
-            raise refusal
+    def _check(self, channel: bytes, since: int, end: float) -> None:
+        """Raise when a channel is not to be heard: after so many refusals there was another."""
+        count, text = self._refused.get(channel, (0, ""))
+        if count > since:
+            raise ServerError(text)
         if monotonic() >= end:
             raise UnavailableError(f"listening to messages: {self._why}")
 
@@ -143,6 +150,11 @@ class Listener(_Listener):
         for end in getattr(self, "_bell", ()):
             end.close()
 
+    def abandon(self) -> None:
+        """In a forked child: let go of the connection, and wake who waited in the parent."""
+        self.node.abandon()
+        self._audience.missed()
+
     def subscribe(self, channel: bytes, sharded: bool, deadline: float) -> None:
         """Return when messages of a channel come in; who asks must be present.
 
@@ -150,6 +162,7 @@ class Listener(_Listener):
         """
         end = monotonic() + deadline
         with self._guard:
+            since = self._refusals
             self._wanted[channel] = sharded
             if self._thread is None:
                 self._thread = threading.Thread(
@@ -158,7 +171,7 @@ class Listener(_Listener):
                 self._thread.start()
             self._ring()
             while channel not in self._on:
-                self._check(channel, end)
+                self._check(channel, since, end)
                 self._news.wait(end - monotonic())
 
     def _ring(self) -> None:
@@ -207,7 +220,7 @@ class Listener(_Listener):
         poll.register(link.fileno(), select.POLLIN)
         #: What is asked and not answered: the channel to be heard, and until when.
         asked: deque[tuple[bytes | None, float]] = deque()
-        known: set[bytes] = set()
+        self._known = known = set()
         refusal: Any = None
         next_ask = monotonic() + _ASK_EVERY
         gap = True
@@ -262,13 +275,14 @@ class AsyncListener(_Listener):
     async def subscribe(self, channel: bytes, sharded: bool, deadline: float) -> None:
         """Return when messages of a channel come in, as `Listener.subscribe`."""
         end = monotonic() + deadline
+        since = self._refusals
         self._wanted[channel] = sharded
         if self._task is None or self._task.done():
             self._task = self._loop.create_task(self._work(), name="redishacks-wake")
         self._bell.set()
         async with self._news:
             while channel not in self._on:
-                self._check(channel, end)
+                self._check(channel, since, end)
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(end - monotonic()):
                         await self._news.wait()
@@ -312,7 +326,7 @@ class AsyncListener(_Listener):
                 self.links.discard(link)
 
     async def _listen(self, link: AsyncLink) -> None:
-        known: set[bytes] = set()
+        self._known = known = set()
         gap = True
         while not self._idle():
             self._bell.clear()

@@ -65,6 +65,13 @@ class Channel(Protocol):
         """In a forked child: let go of the parent's connection."""
 
 
+class Guest(Protocol):
+    """Something with connections of its own."""
+
+    def abandon(self) -> None:
+        """In a forked child: close every connection."""
+
+
 class Node:
     """One server and the connections to it."""
 
@@ -227,7 +234,7 @@ class SyncTransport:
         self._slots = slots
         self._nodes: dict[Address, Node] = {}
         #: Those too that have left the cluster, while an exchange with them is under way.
-        self._known: weakref.WeakSet[Node] = weakref.WeakSet()
+        self._known: weakref.WeakSet[Guest] = weakref.WeakSet()
         self._only = None if slots is not None else self._node(settings.address)
         #: What tools have once per server and process, by their own names.
         self.single: dict[str, Any] = {}
@@ -256,9 +263,9 @@ class SyncTransport:
             return None if self._settings.foreign is not None else self._settings
         return self._settings.at(self._slots.route(command.keys))
 
-    def adopt(self, node: Node) -> None:
+    def adopt(self, guest: Guest) -> None:
         """Close its connections too in a forked child."""
-        self._known.add(node)
+        self._known.add(guest)
 
     def call(self, command: Command[T], deadline: float) -> T:
         """Say one command, return its result or raise its error.

@@ -16,6 +16,7 @@ from redishacks._command import Call, Command, Sleep, Steps, ask, ask_all
 from redishacks._slots import key_slot
 from redishacks._transport import AsyncTransport, Hook, SyncTransport
 from redishacks._units import Seconds, patience, seconds
+from redishacks._wake import DEAF
 from redishacks.errors import (
     MaybeAppliedError,
     RedisHacksError,
@@ -651,11 +652,18 @@ class Core(ABC, Generic[T]):
             if not ticket:
                 if hold.bell is None:
                     hold.bell = hold._station.wakeups.enter(hold.token)
-                hold._ear, ticket = (yield from self._listen(hold)), "0"
+                try:
+                    hold._ear, ticket = (yield from self._listen(hold)), "0"
+                except _MovedError:
+                    if clock() >= end:
+                        raise
                 continue
             ticket = known.decode()
-            with contextlib.suppress(UnavailableError):  # else it looks by itself
-                yield from self._listen(hold)
+            wakeups = hold._station.wakeups
+            if wakeups.ear(self._where, self._names.channels(wakeups.name)) is None:
+                with contextlib.suppress(UnavailableError):  # else it looks by itself
+                    if (yield from self._listen(hold)) != DEAF:
+                        continue  # what was said until now it may have missed
             yield from self._sleep(hold, left / 1e6, place, end)
             if hold.inherited:
                 raise _Forked
@@ -668,7 +676,7 @@ class Core(ABC, Generic[T]):
             return (yield from wakeups.listen_steps(self._where, channels, self.deadline))
         except ServerError as error:
             if error.code in ("MOVED", "ASK", "TRYAGAIN", "CLUSTERDOWN"):
-                raise UnavailableError(f"lock {self.name}: its slot moves: {error}") from error
+                raise _MovedError(f"lock {self.name}: its slot moves: {error}") from error
             raise
 
     def _asked(self, hold: Hold, ticket: str, end: float, first: Any) -> Steps[tuple[Any, ...]]:
@@ -685,6 +693,8 @@ class Core(ABC, Generic[T]):
                 else:
                     reply = first
             except AWAY as error:
+                if hold.inherited:
+                    raise _Forked from error
                 first = None
                 hold._doubt = True
                 now = clock()
@@ -855,6 +865,10 @@ class Core(ABC, Generic[T]):
         """Take it away from whoever holds it; only once: a repeat might take it from the next."""
         code = yield from ask(self.kind.release("", 0, ""))
         return bool(code == 1)
+
+
+class _MovedError(UnavailableError):
+    """A slot moved between two commands."""
 
 
 class _Forked(Exception):

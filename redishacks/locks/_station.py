@@ -62,6 +62,13 @@ class Station(_Station[ThreadSender[Keeper], Wakeups]):
 class AsyncStation(_Station[TaskSender[Keeper], AsyncWakeups]):
     """Of the tasks of one loop."""
 
+    def close(self) -> None:
+        """End with the loop: what is to be said yet is said at exit."""
+        self._sender.stop()
+
+    def abandon(self) -> None:
+        """In a forked child, or for a closed loop: there is nothing to be closed."""
+
 
 _OPTIONS: dict[str, Any] = {"linger": _LINGER, "deadline": _DEADLINE, "overflow": "raise"}
 
@@ -83,4 +90,5 @@ def async_station(transport: AsyncTransport) -> AsyncStation:
     if found is None:
         sender = TaskSender(Keeper(), transport, **_OPTIONS)
         found = single[_NAME] = AsyncStation(sender, AsyncWakeups(transport, secrets.token_hex(6)))
+        transport.adopt(found)
     return cast("AsyncStation", found)

@@ -36,9 +36,9 @@ local function first_in(line, own)
 end
 
 -- Have two of those in line look again, for whoever has it may be unable to go on: the next one and,
--- since that may be so too, the last. Another thread of the same process would be no better.
+-- since that may be so too, the last; one of the same process only if there is no other.
 local function warn_others(line, before, micros)
-  local same, told = before and string.match(before, '^%S+ .(.*)$'), nil
+  local same, told, other = before and string.match(before, '^%S+ .(.*)$'), nil, nil
   for _, range in ipairs({'ZRANGE', 'ZREVRANGE'}) do
     for _, entry in ipairs(call(range, line, 0, 7)) do
       local ear = string.match(entry, '^%S+ .(.*)$')
@@ -50,7 +50,12 @@ local function warn_others(line, before, micros)
           break
         end
         call('ZREM', line, entry)
+      elseif entry ~= before then
+        other = other or entry
       end
     end
+  end
+  if other and not told then
+    tell(other, micros)
   end
 end
