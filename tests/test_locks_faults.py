@@ -526,9 +526,10 @@ def tell(process: subprocess.Popen[str], what: object) -> None:
 
 def end(process: subprocess.Popen[str]) -> None:
     """Be done with a program, and with what it has forked."""
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
+    if process.returncode is None:  # else its number may be another's by now
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
 
 
 def said(process: subprocess.Popen[str]) -> str:

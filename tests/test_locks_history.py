@@ -172,9 +172,11 @@ def false_words(history: list[Attempt], terms: Terms) -> Iterator[str]:
             yield f"false loss: {each.who} had its lease for {each.until - each.released:.3f} s"
         if not each.lost and not each.believed:
             yield f"untold loss: {each.who} had lost it, and its release said nothing"
-        for down, up in terms.forgot:
-            if (each.answered or 0.0) < down and each.releasing > up and not each.lost:
-                yield f"untold loss: the server forgot {each.who}, whose release said nothing"
+        # A release while the server is away is made good in the background, and says nothing.
+        there = not any(each.releasing < up and each.released > down for down, up in terms.forgot)
+        since = [down for down, up in terms.forgot if (each.answered or 0.0) < down]
+        if since and there and each.releasing > since[0] and not each.lost:
+            yield f"untold loss: the server forgot {each.who}, whose release said nothing"
 
 
 def lost_updates(history: list[Attempt], terms: Terms, counter: str) -> Iterator[str]:

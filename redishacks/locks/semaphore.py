@@ -14,7 +14,8 @@ Keys in Redis, all with a TTL:
     rh:l1:{workers}:permits-about    hash    about the holders; then, for two days, the last fence
 
 Trade-offs: `amount` is what each process says it is, so let all say the same. One thread may take
-several permits, so nothing tells it when it waits for its own.
+several permits, so nothing tells it when it waits for its own. What is told about holders, not the
+permits, is forgotten when one is renewed for two days and nobody else comes or goes.
 """
 
 from __future__ import annotations

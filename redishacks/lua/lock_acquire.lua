@@ -68,7 +68,9 @@ end
 
 --@ include lock_line
 
-call('ZCARD', line) -- fails now, not half-way, when the key is something else
+if ticket ~= '' or not holder or holder == token then
+  call('ZCARD', line) -- fails now, not half-way, when the key is something else
+end
 if holder == token then -- for less time than those in line have been told
   hold(token, ttl, fence, lost, waiting, ARGV[6])
   warn_others(line, nil, ttl)
