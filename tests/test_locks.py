@@ -2056,7 +2056,7 @@ def test_what_a_transaction_takes(world: World, ann: Person) -> None:
     with pytest.raises(TypeError):
         ann.does(world.within, held.transaction(), lambda pipe: pipe.set(key))
     world.raw.rpush(key, "a list")
-    with pytest.raises(redis.ResponseError, match="WRONGTYPE"):
+    with pytest.raises(redis.ResponseError):
         ann.does(world.within, held.transaction(), lambda pipe: pipe.incr(key))
     held.check()
 

@@ -135,6 +135,8 @@ class Real:
         looks: list[Any] = [outcome.value for outcome in outcomes[1:]]
         stored, line, *ttls = looks
         self.stored = None if stored is None else stored.decode()
+        if line and not isinstance(line[0], list):  # RESP2
+            line = list(zip(line[::2], line[1::2], strict=True))
         self.waiting = [(entry.decode(), int(score)) for entry, score in line or ()]
         self.ttls = (ttls[0], ttls[1])
         return reply
