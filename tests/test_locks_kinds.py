@@ -723,6 +723,8 @@ class Person:
                 future.set_result(await result if inspect.isawaitable(result) else result)
             except BaseException as error:
                 future.set_exception(error)
+                if isinstance(error, asyncio.CancelledError):
+                    raise  # the world ends
             future, call, result = None, None, None
 
 
