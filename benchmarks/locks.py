@@ -178,11 +178,11 @@ def uncontended(server: Server) -> list[Row]:
         acquires["ours, prepared to wait"] = ours(client, "patient")
         acquires["bare"] = bare(client, "bare")
         contenders = {
-            name: again_and_again(acquire, 10 if name == "pottery" else 200)
+            name: again_and_again(acquire, 10 if name == "pottery" else 1000)
             for name, acquire in acquires.items()
         }
         print(f" acquire + release over {socket}")
-        figures = side_by_side(contenders, rounds=25)
+        figures = side_by_side(contenders, rounds=11)
         show(figures)
         what = f"acquire + release over {socket}, 1 thread"
         row = ratio_row(f"{what}; redis-py", figures, "ours", "redis-py", 1.4)

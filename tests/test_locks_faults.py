@@ -337,8 +337,8 @@ class Recorder:
         self.asked: list[Any] = []
         acquire = lock.kind.acquire
 
-        def noted(ask: Any) -> Any:
-            self.asked.append(acquire(ask))
+        def noted(*asked: Any) -> Any:
+            self.asked.append(acquire(*asked))
             return self.asked[-1]
 
         lock.kind.acquire = noted

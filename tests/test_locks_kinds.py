@@ -28,7 +28,7 @@ from redishacks import locks
 from redishacks._command import Command, script
 from redishacks.errors import RedisHacksError, UnavailableError, UsageError
 from redishacks.locks import Lock, LockedError, LockLostError, SelfDeadlockError
-from redishacks.locks.commands import MINE, Ask, Exclusive, Names, Shared
+from redishacks.locks.commands import MINE, Exclusive, Names, Shared
 from redishacks.testing import Cluster, FaultProxy, Server
 from tests.helpers import eventually
 from tests.workers import is_stopped, pipe, start
@@ -196,7 +196,7 @@ class Real:
     def acquire(self, who: Who, ticket: str, ttl: int, not_after: int, info: str) -> Command[Any]:
         """Ask for it."""
         ear = who.ear if ticket else ""
-        return self.kind.acquire(Ask(who.token, str(ttl), str(not_after), ticket, ear, info))
+        return self.kind.acquire(who.token, str(ttl), str(not_after), info, ticket, ear)
 
     def release(self, who: Who | None, fence: int, leave: bool) -> Command[Any]:
         """Give it back; of nobody: whoever has it."""
@@ -633,8 +633,7 @@ def test_all_or_none(bench: Bench, leases: list[Lease | None], fair: bool, late:
                 entry = f"w{place} {'f' if in_turn else 'u'}{ear}"
                 client.zadd(kind._keys[1], {entry: now - 99 + place})
     before = [client.get(kind.key) for kind in kinds]
-    ask = Ask("", str(TTL), str(now - late), "", "", "me")
-    command = kinds[0].acquire_all(kinds[1:], tokens, ask)
+    command = kinds[0].acquire_all(kinds[1:], tokens, str(TTL), str(now - late), "me")
     assert command.script is not None
     reply = client.evalsha(
         command.script.sha.decode(), len(command.keys), *command.keys, *command.args, str(now)
@@ -2100,7 +2099,7 @@ def test_a_copy_that_comes_after_the_release(world: World, proxy: FaultProxy) ->
     held = ann.does(workers.acquire)
     ann.does(held.release)
     late = str(2**52)
-    copy = workers.kind.acquire(Ask(held.token, str(10 * SECOND), late, "", "", "late"))
+    copy = workers.kind.acquire(held.token, str(10 * SECOND), late, "late")
     sha, keys = copy.script.sha.decode(), copy.keys
     world.raw.evalsha(sha, len(keys), *(key.decode() for key in keys), *copy.args)
     bob.does(bob.does(workers.acquire, wait=5).release)

@@ -16,7 +16,7 @@ from redishacks._slots import key_slot
 from redishacks._transport import connect
 from redishacks.errors import ServerError
 from redishacks.locks._core import holders
-from redishacks.locks.commands import MINE, Ask, Exclusive, Names
+from redishacks.locks.commands import MINE, Exclusive, Names
 from redishacks.locks.holder import Holder
 from redishacks.testing import Server
 from tests.helpers import eventually
@@ -129,7 +129,7 @@ class Real:
     def do(self, command: Command[Any], now: int | None = None) -> Any:
         """Carry a command out, at a moment of our choice or now, and look."""
         args = command.args if now is None else (*command.args, str(now))
-        command = command._replace(args=args, repeatable=False)
+        command = command._replace(args=args, repeatable=False, packed=None)
         outcomes = self.bench.transport.run([command, *self._looks], 30.0)
         reply = outcomes[0].result()
         looks: list[Any] = [outcome.value for outcome in outcomes[1:]]
@@ -153,8 +153,9 @@ class Real:
         if not_after is None:
             not_after = 2**52 if now is None else now
         ear = who.ear if ticket else ""
-        ask = Ask(who.token, str(ttl), str(not_after), ticket, ear, info)
-        reply = self.do((self.fair if who.fair else self.unfair).acquire(ask), now)
+        kind = self.fair if who.fair else self.unfair
+        asked = kind.acquire(who.token, str(ttl), str(not_after), info, ticket, ear)
+        reply = self.do(asked, now)
         if isinstance(reply, int):  # short for the usual
             return [1, reply, reply]
         return [part.decode() if isinstance(part, bytes) else part for part in reply]
@@ -869,8 +870,7 @@ def test_nor_does_it_lock_out_who_wants_several_at_once(lock: Real) -> None:
     """Whoever takes several locks or none waits no longer for a lease than it is long, either."""
     lock.acquire(HOLDER)
     now = START - 3600 * SECOND
-    ask = Ask("", str(TTL), str(2**52), "", "", "")
-    command = lock.fair.acquire_all([], ["many"], ask)
+    command = lock.fair.acquire_all([], ["many"], str(TTL), str(2**52), "")
     state, _, which, left, *_ = lock.do(command, now)
     assert (state, which) == (0, 1)
     assert left <= TTL
@@ -1049,6 +1049,25 @@ def test_a_line_of_another_type_stays(lock: Real, doing: str) -> None:
             stays(lock, doing, only_after_errors=True)
 
 
+@pytest.mark.parametrize("text", ["hello", "- hello", "a 1 2 3", "", "-", "- 7 x"])
+def test_text_that_is_no_lock_is_said_to_be_none(lock: Real, text: str) -> None:
+    """Where somebody else's text stands it stays, and the error says what is wrong."""
+    lock.client.set(lock.lock, text)
+    several = lock.fair.acquire_all([], ["many"], str(TTL), str(2**52), "")
+    for ask in (
+        lambda: lock.acquire(HOLDER),
+        lambda: lock.acquire(HOLDER, ticket="0"),
+        lambda: lock.acquire(HOLDER, ticket=MINE),
+        lambda: lock.do(several, START),
+        lambda: lock.release(HOLDER, START),
+        lambda: lock.release(None),
+    ):
+        with pytest.raises(ServerError, match="this key is no lock"):
+            ask()
+        assert lock.client.get(lock.lock) == text.encode()
+        assert not lock.client.exists(lock.line)
+
+
 def test_one_that_is_not_ours_ends_no_lease_of_others(lock: Real) -> None:
     """Of many leases that begin anew at once, all do that can, or none."""
     foreign, last = Real(lock.bench), Real(lock.bench)
@@ -1074,16 +1093,16 @@ def test_commands() -> None:
     names = Names("p", "n", None)
     fair, unfair = Exclusive(names, fair=True), Exclusive(names, fair=False)
     keys = (b"p:l1:{n}:lock", b"p:l1:{n}:line")
-    asking = Ask("tok", "10", "99", "", "", "me")
-    assert fair.acquire(asking).args == ("tok", "10", "99", "", "", "me", "0")
-    assert unfair.acquire(asking).args == ("tok", "10", "99", "", "", "me", "1")
-    asking = asking._replace(ticket="0", ear="pchannel with blanks")
-    assert fair.acquire(asking).args[3:5] == ("0", "tok fpchannel with blanks")
-    assert unfair.acquire(asking).args[3:5] == ("0", "tok upchannel with blanks")
+    asking: tuple[str, ...] = ("tok", "10", "99", "me")
+    assert fair.acquire(*asking).args == ("tok", "10", "99", "", "", "me", "0")
+    assert unfair.acquire(*asking).args == ("tok", "10", "99", "", "", "me", "1")
+    asking += ("0", "pchannel with blanks")
+    assert fair.acquire(*asking).args[3:5] == ("0", "tok fpchannel with blanks")
+    assert unfair.acquire(*asking).args[3:5] == ("0", "tok upchannel with blanks")
     for lock, mode in ((fair, "f"), (unfair, "u")):
         assert lock.release("tok", 7, "").args == ("tok", "7", "")
         assert lock.release("tok", 0, "pc").args == ("tok", "0", f"tok {mode}pc")
-        commands: list[Command[Any]] = [lock.acquire(asking), lock.release("", 0, ""), lock.show()]
+        commands: list[Command[Any]] = [lock.acquire(*asking), lock.release("", 0, ""), lock.show()]
         assert [command.keys for command in commands] == [keys] * 3
         assert all(command.script is not None for command in commands)
         assert lock.key == keys[0]

@@ -18,8 +18,10 @@ import pytest
 import redis
 import redis.asyncio
 
-from redishacks._transport import _async_link, _sync, connect, connect_async
+from redishacks._command import Command, script
+from redishacks._transport import Form, _async_link, _sync, connect, connect_async
 from redishacks._transport._settings import from_pool
+from redishacks._transport._wire import pack
 from redishacks.errors import MaybeAppliedError, ServerError, UnavailableError, UsageError
 from redishacks.testing import Server, valkey_server
 from tests.transport_kit import PEM, Colour, bulk, canned, echo, get, incr, say, scripted, took
@@ -423,3 +425,17 @@ def test_a_context_as_the_client_would_make_it() -> None:
     trusting = redis.Redis(ssl=True, ssl_cert_reqs="none")
     context = from_pool(trusting.connection_pool).tls_context()
     assert (context.verify_mode, context.check_hostname) == (ssl.CERT_NONE, False)
+
+
+@pytest.mark.parametrize("words", [(), ("",), ("a", "b\r\nc"), ("é", ""), ("\0", "日本" * 99)])
+@pytest.mark.parametrize("rest", [(), ("0", ""), ("ü",)])
+def test_a_form_is_encoded_as_any_other_command(
+    words: tuple[str, ...], rest: tuple[str, ...]
+) -> None:
+    """What is filled in says the same as a command that is encoded as a whole."""
+    called, keys = script("lock_show"), (b"a", "ö".encode())
+    filled = Form(called, keys, *rest).fill(*words)
+    plain: Command[Any] = Command((*words, *rest), keys, script=called)
+    assert pack(filled) == pack(plain)
+    assert pack(filled, whole=True) == pack(plain, whole=True)
+    assert filled._replace(packed=None) == plain

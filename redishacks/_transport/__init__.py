@@ -42,13 +42,14 @@ from redishacks._transport._observe import AsyncObserved, Hook, Observed
 from redishacks._transport._registry import registry
 from redishacks._transport._settings import Settings
 from redishacks._transport._sync import SyncTransport
-from redishacks._transport._wire import pack
+from redishacks._transport._wire import Form, pack
 from redishacks.errors import UsageError
 
 __all__ = [
     "AsyncListener",
     "AsyncObserved",
     "AsyncTransport",
+    "Form",
     "Hook",
     "Listener",
     "Observed",

@@ -238,17 +238,11 @@ class Listener(_Listener):
                 gap = False
                 self._audience.missed()
             until = asked[0][1] if asked else next_ask
-            ready = dict(poll.poll(max(0.0, until - now) * 1000))
-            if self._bell[0].fileno() in ready:
-                self._bell[0].recv(4096)
-            if link.fileno() not in ready:
-                if asked and monotonic() >= asked[0][1]:
-                    raise Lost(LATE, written=True)
-                continue
-            for reply in link.arrived():
-                if type(reply) is PushNotification:
-                    self._pushed(reply)
-                elif type(reply) is ReplyError:
+            replies = self._messages(link, poll, until)
+            if not replies and asked and monotonic() >= until:
+                raise Lost(LATE, written=True)
+            for reply in replies:
+                if type(reply) is ReplyError:
                     _look(reply)
                     refusal = reply  # of the subscription; the answer to its question follows
                 else:
@@ -257,6 +251,28 @@ class Listener(_Listener):
                         self._news.notify_all()
                     refusal = None
                     next_ask = monotonic() + _ASK_EVERY
+
+    def _messages(self, link: Link, poll: select.poll, until: float) -> list[Any]:
+        """Take messages until something else is to be done; return what else came in.
+
+        Whoever a message wakes goes on when this thread lets go of the interpreter: at once.
+        """
+        bell = self._bell[0].fileno()
+        while (rest := until - monotonic()) > 0:
+            ready = poll.poll(rest * 1000)
+            others = []
+            if ready and (ready[0][0] != bell or len(ready) > 1):
+                for reply in link.arrived():
+                    if type(reply) is PushNotification:
+                        self._pushed(reply)
+                    else:
+                        others.append(reply)
+            if ready and ready[0][0] == bell:
+                self._bell[0].recv(4096)
+                return others
+            if others:
+                return others
+        return []
 
 
 class AsyncListener(_Listener):

@@ -7,7 +7,7 @@ from typing import Any
 
 import hiredis
 
-from redishacks._command import Arg, Command
+from redishacks._command import Arg, Command, Script, as_is
 from redishacks.errors import UsageError
 
 #: What `Reader.gets` gives when no whole reply is there; not False, which RESP3 knows as a value.
@@ -44,6 +44,31 @@ def pack(command: Command[Any], whole: bool = False) -> bytes:
     except (TypeError, UnicodeEncodeError):
         raise UsageError(f"{name(command)}: arguments must be bytes or str") from None
     return packed
+
+
+class Form:
+    """Calls of a script that differ in their first arguments: all else is encoded once."""
+
+    def __init__(self, script: Script, keys: tuple[bytes, ...], *rest: str) -> None:
+        self._script, self._keys, self._rest = script, keys, rest
+        fixed = (b"EVALSHA", script.sha, b"%d" % len(keys), *keys)
+        self._words = len(fixed) + len(rest)
+        self._head = pack_words(fixed).decode("latin-1").removeprefix(f"*{len(fixed)}")
+        self._tail = "".join(map(_bulk, rest))
+
+    def fill(self, *words: str) -> Command[Any]:
+        """Return a call with these arguments, encoded by now."""
+        text = f"*{self._words + len(words)}{self._head}"
+        for word in words:
+            text += f"${len(word)}\r\n{word}\r\n"
+        text += self._tail
+        # Only then are characters as many as bytes; `pack` does all others.
+        packed = text.encode() if text.isascii() else None
+        return Command(words + self._rest, self._keys, as_is, self._script, False, False, packed)
+
+
+def _bulk(word: str) -> str:
+    return f"${len(word)}\r\n{word}\r\n"
 
 
 def name(command: Command[Any]) -> str:

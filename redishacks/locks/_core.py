@@ -28,7 +28,7 @@ from redishacks.locks._clock import clock
 from redishacks.locks._here import here
 from redishacks.locks._keeper import Renewal
 from redishacks.locks._station import AsyncStation, Station
-from redishacks.locks.commands import MINE, Ask, Kind, Names
+from redishacks.locks.commands import MINE, Kind, Names
 from redishacks.locks.holder import (
     Holder,
     LockedError,
@@ -131,12 +131,6 @@ class Hold:
             "pass its token on, and adopt(token) there"
         )
 
-    def __del__(self) -> None:
-        # What is garbage is nobody's; its lease ends by itself.
-        core = getattr(self, "_core", None)
-        if core is not None and not self._released:
-            core.forget(self)
-
     @property
     def name(self) -> str:
         """The lock's name."""
@@ -233,7 +227,7 @@ class Hold:
     def extension(self, length: float | None, now: float) -> tuple[float, Command[list[Any]]]:
         """Return what begins a lease anew, and its seconds; by default those it has."""
         wanted = min(self.ttl if length is None else length, self._end - now)
-        command = self._core.kind.acquire(self._core.asking(self, MINE, wanted))
+        command = self._core.asking(self, now, MINE, wanted)
         return wanted, command._replace(repeatable=True)
 
     def answered(self, reply: Any, since: float, wanted: float) -> bool:
@@ -242,7 +236,7 @@ class Hold:
         Raises `LockLostError`.
         """
         state, now, *_ = answer(reply)
-        self._core.learn(now)
+        self._core.learn(now, clock())
         if state == -1:
             return True
         if state == 1:
@@ -282,9 +276,10 @@ class Hold:
 
     # For the lock
 
-    def begin_asking(self) -> None:
+    def begin_asking(self) -> float:
         """Take note of when it is asked for: the server looks at its clock later."""
-        self._asked = clock()
+        self._asked = now = clock()
+        return now
 
     def begin(self, fence: int, longest: float) -> None:
         """Hold it since it was asked for, for so many seconds at most."""
@@ -295,18 +290,18 @@ class Hold:
             self._end = since + longest
             self._until = min(self._until, self._end)
 
-    def stale(self) -> bool:
-        """Return whether its lease would be over by now, had it begun when it was asked for."""
-        return clock() >= self._asked + self.ttl * _SKEW
+    def stale(self, now: float) -> bool:
+        """Return whether its lease would be over by then, had it begun when it was asked for."""
+        return now >= self._asked + self.ttl * _SKEW
 
     def end(self) -> bool:
         """Take note of a release; return whether the server is to be told of it."""
-        if self._released or self.inherited:
+        if self._released or self._process is not self._keeper.process:
             return False
         self._depth -= 1
         if self._depth:
             return False
-        self._lost = self.lost
+        self._lost = self._lost or clock() >= self._until
         self._released = True
         self._core.released(self)
         return True
@@ -412,15 +407,16 @@ class Core(ABC, Generic[T]):
         self._on_event = _plain(on_event, "on_event")
         self._label = _label(label)
         self.deadline = seconds(deadline, "deadline")
-        #: How many seconds later by the server's clock a command may still be carried out.
-        self._late = self.deadline + _GRACE
+        #: What the server's clock shows when a command may last be carried out, less our own now.
+        self._ahead = 0.0
+        self.learn(int(time.time() * 1e6), clock())
         self._client = client
         self.transport = self._connect(client, on_command)
         bare = self.transport.bare
         self._bare: T = bare
         self.renewal = Renewal(kind.extend, key_slot(kind.key) if bare.clustered else 0, kind.key)
         self._where: Command[Any] = Command((), (kind.key,))
-        self._here: Hashable = (bare.server, kind.key)
+        self._here = f"{bare.server} {kind.key!r}"
         self.entered = Entered()
 
     @abstractmethod
@@ -465,19 +461,15 @@ class Core(ABC, Generic[T]):
 
     # For handles
 
-    def forget(self, hold: Hold) -> None:
-        """Take note that an acquisition holds no more."""
-        here.remove((self._here, hold._owner), hold)
-
     def released(self, hold: Hold) -> None:
         """Take note of a release."""
-        self.forget(hold)
+        here.remove((self._here, hold._owner), hold)
         if self._on_event is not None:
             self._tell("held", clock() - hold._began)
 
     def lost(self, hold: Hold) -> None:
         """Tell whoever wants to know that a lock was lost."""
-        self.forget(hold)
+        here.remove((self._here, hold._owner), hold)
         self._tell("lost", clock() - hold._began)
         if self._on_lost is not None:
             try:
@@ -507,7 +499,7 @@ class Core(ABC, Generic[T]):
             wakeups = hold._station.wakeups
             hold.bell = wakeups.enter(hold.token)
             hold._ear = wakeups.ear(self._where, self._names.channels(wakeups.name)) or ""
-        return hold, clock() + longest
+        return hold, clock() + longest if longest else 0.0
 
     def fresh(self, kind: type[H], ttl: Seconds | None) -> H:
         """Return an acquisition to begin with, or the one that this thread or task has.
@@ -523,15 +515,15 @@ class Core(ABC, Generic[T]):
 
     def question(self, hold: Hold) -> Command[list[Any]]:
         """Return how to ask for it without a line, and note when that was."""
-        hold.begin_asking()
-        return self.kind.acquire(self.asking(hold, ""))
+        return self.asking(hold, hold.begin_asking())
 
     def took(self, hold: Hold, first: Any) -> bool:
         """Return whether the lock was got at the first try."""
-        if type(first) is not int or hold.inherited or self._replicas or hold.stale():
+        now = clock()
+        if type(first) is not int or self._replicas or hold.inherited or hold.stale(now):
             return False
         self.begin(hold, first)
-        self.learn(first)
+        self.learn(first, now)
         if hold.bell is not None:
             hold._station.wakeups.leave(hold.token)
             self._tell("waited", clock() - hold._began)
@@ -572,9 +564,9 @@ class Core(ABC, Generic[T]):
         hold.begin(fence, self._most)
         self.settle(hold)
 
-    def learn(self, now: int) -> None:
-        """Take note of the server's time."""
-        self._late = now / 1e6 - time.time() + self.deadline + _GRACE
+    def learn(self, theirs: int, now: float) -> None:
+        """Take note of the server's time, in µs, at that moment."""
+        self._ahead = theirs / 1e6 - now + self.deadline + _GRACE
 
     def adopt_steps(self, kind: type[H], token: str) -> Steps[H]:
         """Hold what another process has acquired; raises `LockLostError`."""
@@ -583,8 +575,7 @@ class Core(ABC, Generic[T]):
         owner = self._owner()
         hold = kind(self, self._station(), owner, self.ttl)
         hold.token = token
-        hold.begin_asking()
-        command = self.kind.acquire(self.asking(hold, MINE))
+        command = self.asking(hold, hold.begin_asking(), MINE)
         state, _, *more = answer((yield from ask(command._replace(repeatable=True))))
         if state != 1:
             hold._lost = True
@@ -634,7 +625,7 @@ class Core(ABC, Generic[T]):
             if hold.inherited:
                 raise _Forked
             if state == 1:
-                if hold.stale() and not again:  # the answer took long: the lease begins anew
+                if hold.stale(clock()) and not again:  # the answer took long: the lease begins anew
                     again = True
                     continue
                 hold.begin(more[0], self._most)
@@ -686,8 +677,7 @@ class Core(ABC, Generic[T]):
         while True:
             try:
                 if first is None:
-                    hold.begin_asking()
-                    reply = yield self.kind.acquire(self.asking(hold, ticket))
+                    reply = yield self.asking(hold, hold.begin_asking(), ticket)
                 elif isinstance(first, BaseException):
                     raise first
                 else:
@@ -707,7 +697,7 @@ class Core(ABC, Generic[T]):
                 pause = min(2 * pause or _PAUSES[0], longest)
                 continue
             read = answer(reply)
-            self.learn(read[1])
+            self.learn(read[1], clock())
             if read[0] != -1:
                 return read
             first = None
@@ -763,7 +753,7 @@ class Core(ABC, Generic[T]):
     def _replicate(self, hold: Hold) -> Steps[None]:
         """Wait until enough replicas have the lock; else give it back."""
         written: list[Any] = []
-        write: Any = self.kind.acquire(self.asking(hold, MINE))
+        write: Any = self.asking(hold, clock(), MINE)
         write = write._replace(parse=written.append)
         half = str(max(1, round(self.deadline * 500)))
         # WAIT counts the writes of its own connection only: in vain before the write has gone well.
@@ -791,13 +781,21 @@ class Core(ABC, Generic[T]):
             if when is not None:
                 hold._station.keep(hold, when)
 
-    def asking(self, hold: Hold, ticket: str, ttl: float | None = None) -> Ask:
-        """Return what to ask for."""
-        not_after = f"{(time.time() + self._late) * 1e6:.0f}"
+    def asking(
+        self, hold: Hold, now: float, ticket: str = "", ttl: float | None = None
+    ) -> Command[list[Any]]:
+        """Return what asks for it at that moment."""
         ear = hold._ear if ticket else ""
-        return Ask(hold.token, micros(ttl or hold.ttl), not_after, ticket, ear, self._info(hold))
+        return self.kind.acquire(
+            hold.token, micros(ttl or hold.ttl), self.not_after(now), self.info(hold), ticket, ear
+        )
 
-    def _info(self, hold: Hold) -> str:
+    def not_after(self, now: float) -> str:
+        """Return until when what is asked for at that moment is done, by the server's clock."""
+        return str(int((now + self._ahead) * 1e6))
+
+    def info(self, hold: Hold) -> str:
+        """Return what others are told about who asks."""
         thread = self._thread(hold._owner)
         if not thread.isascii():
             thread = thread.encode("utf-8", "replace").decode()

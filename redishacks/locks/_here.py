@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Hashable
 from typing import TYPE_CHECKING
@@ -10,7 +11,7 @@ if TYPE_CHECKING:
     from redishacks.locks._core import Hold
 
 #: A lock of a server, and a thread or task.
-Place = tuple[Hashable, Hashable]
+Place = tuple[str, Hashable]
 
 
 class Here:
@@ -26,13 +27,17 @@ class Here:
         return hold if hold is not None and hold.held else None
 
     def add(self, place: Place, hold: Hold) -> None:
-        """Take note of an acquisition."""
-        self._holds[place] = weakref.ref(hold)
+        """Take note of an acquisition, until it is garbage at the latest."""
+        self._holds[place] = weakref.ref(hold, functools.partial(self._gone, place))
 
     def remove(self, place: Place, hold: Hold) -> None:
         """Forget an acquisition, if it is still the one."""
         ref = self._holds.get(place)
-        if ref is not None and ref() in (hold, None):
+        if ref is not None and ref() is hold:
+            self._holds.pop(place, None)
+
+    def _gone(self, place: Place, ref: weakref.ref[Hold]) -> None:
+        if self._holds.get(place) is ref:
             self._holds.pop(place, None)
 
 

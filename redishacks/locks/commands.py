@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, Protocol
 
 from redishacks import _keys
 from redishacks._command import Command, Script, script
+from redishacks._transport import Form
 from redishacks._wake import Channels
 from redishacks.errors import UsageError
 
@@ -44,22 +45,6 @@ class Names:
         return Channels(everywhere.encode(), self.key(f"wake:{process}"))
 
 
-class Ask(NamedTuple):
-    """An acquisition, as it is asked for."""
-
-    token: str
-    #: Of the lease, in µs.
-    ttl: str
-    #: Server's time in µs after which nothing is done.
-    not_after: str
-    #: "" does not wait, "0" does, else the ticket that was got; `MINE` for what is held already.
-    ticket: str
-    #: How a waiter is told, as `Wakeups.ear` gives it; "" for who does not wait.
-    ear: str
-    #: About who asks.
-    info: str
-
-
 class Kind(Protocol):
     """One lock of any kind, as commands."""
 
@@ -70,8 +55,15 @@ class Kind(Protocol):
     #: What its tokens begin with.
     mark: str
 
-    def acquire(self, ask: Ask) -> Command[list[Any]]:
+    def acquire(
+        self, token: str, ttl: str, not_after: str, info: str, ticket: str = "", ear: str = ""
+    ) -> Command[list[Any]]:
         """Take it, or stand in line; with the same token this may be said again.
+
+        `ttl` is µs; nothing is done later than `not_after`, µs since 1970 by the server's clock;
+        `info` is about who asks. The ticket is "" for who does not wait, "0" at first, then the one
+        that was got; `MINE` for what is held already. `ear` is how who waits is told, as
+        `Wakeups.ear` gives it.
 
         Replies [1, now, fence] when it is taken; else [0, now, µs until a lease ends, place in
         line, ticket, fence, info], or [-1, now] when it was too late, [-2, now] when the token was
@@ -101,18 +93,24 @@ class Exclusive:
         self._keys = (self.key, names.key("line"))
         self._mode = "f" if fair else "u"
         self._barge = "0" if fair else "1"
-        self._acquire, self._release = script("lock_acquire"), script("lock_release")
+        self._acquire = Form(script("lock_acquire"), self._keys, self._barge)
+        self._release = Form(script("lock_release"), self._keys)
         self.extend = script("lock_extend")
 
-    def acquire(self, ask: Ask) -> Command[list[Any]]:
+    def acquire(
+        self, token: str, ttl: str, not_after: str, info: str, ticket: str = "", ear: str = ""
+    ) -> Command[list[Any]]:
         """Take it, or stand in line."""
-        token, ttl, not_after, ticket, ear, info = ask
         entry = f"{token} {self._mode}{ear}" if ear else ""
-        args = (token, ttl, not_after, ticket, entry, info, self._barge)
-        return Command(args, self._keys, script=self._acquire)
+        return self._acquire.fill(token, ttl, not_after, ticket, entry, info)
 
     def acquire_all(
-        self, others: Sequence[Exclusive], tokens: Sequence[str], ask: Ask
+        self,
+        others: Sequence[Exclusive],
+        tokens: Sequence[str],
+        ttl: str,
+        not_after: str,
+        info: str,
     ) -> Command[list[Any]]:
         """Take this lock and others, all or none.
 
@@ -120,13 +118,13 @@ class Exclusive:
         lease ends, fence, info]; [-1, now] and [-2, now] as `acquire`.
         """
         keys = tuple(key for lock in (self, *others) for key in lock._keys)
-        args = (ask.ttl, ask.not_after, ask.info, self._barge, *tokens)
+        args = (ttl, not_after, info, self._barge, *tokens)
         return Command(args, keys, script=script("lock_acquire_all"))
 
     def release(self, token: str, fence: int, ear: str) -> Command[int]:
         """Give it back, or leave the line; an empty token is whoever holds it."""
         entry = f"{token} {self._mode}{ear}" if ear else ""
-        return Command((token, str(fence), entry), self._keys, script=self._release)
+        return self._release.fill(token, str(fence), entry)
 
     def show(self) -> Command[list[Any]]:
         """Say who holds it."""
@@ -145,20 +143,21 @@ class Shared:
         self.mark = "w" if alone else "r"
         self._keys = (self.key, names.key(f"{rest}-line"), names.key(f"{rest}-about"))
         self._most = str(most)
-        self._acquire, self._release = script("share_acquire"), script("share_release")
+        self._acquire = Form(script("share_acquire"), self._keys, self._most)
+        self._release = Form(script("share_release"), self._keys, self._most)
         self.extend = script("share_extend")
 
-    def acquire(self, ask: Ask) -> Command[list[Any]]:
+    def acquire(
+        self, token: str, ttl: str, not_after: str, info: str, ticket: str = "", ear: str = ""
+    ) -> Command[list[Any]]:
         """Take it, or stand in line."""
-        token, ttl, not_after, ticket, ear, info = ask
         entry = f"{token} f{ear}" if ear else ""
-        args = (token, ttl, not_after, ticket, entry, info, self._most)
-        return Command(args, self._keys, script=self._acquire)
+        return self._acquire.fill(token, ttl, not_after, ticket, entry, info)
 
     def release(self, token: str, fence: int, ear: str) -> Command[int]:
         """Give it back, or leave the line; an empty token is everybody who holds it."""
         entry = f"{token} f{ear}" if ear else ""
-        return Command((token, str(fence), entry, self._most), self._keys, script=self._release)
+        return self._release.fill(token, str(fence), entry)
 
     def show(self) -> Command[list[Any]]:
         """Say who holds it."""

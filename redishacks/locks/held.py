@@ -36,7 +36,7 @@ class Held(Hold):
             code = core.transport.call(core.giving_back(self), core.deadline)
         except BaseException as error:
             code = error
-        if code != 1 or self.was_lost or self._doubt:
+        if code != 1 or self._lost or self._doubt:
             drive(core.release_steps(self, code), core.transport, core.deadline)
 
     def transaction(self) -> Transaction:
@@ -88,7 +88,7 @@ class AsyncHeld(Hold):
             raise  # nobody is there to go on: the lease ends by itself
         except BaseException as error:
             code = error
-        if code != 1 or self.was_lost or self._doubt:
+        if code != 1 or self._lost or self._doubt:
             await drive_async(core.release_steps(self, code), core.transport, core.deadline)
 
     def transaction(self) -> AsyncTransaction:

@@ -37,6 +37,7 @@ from redishacks.locks._core import (
     Options,
     decorated,
     extend_all_steps,
+    micros,
 )
 from redishacks.locks._transaction import AsyncTransaction, Transaction
 from redishacks.locks.commands import Exclusive
@@ -266,15 +267,16 @@ class _Multi(Generic[L]):
         doubt = False
         try:
             while True:
-                for hold in holds:
-                    hold.begin_asking()
-                command = kind.acquire_all(others, tokens, first.asking(holds[0], ""))
+                now = max([hold.begin_asking() for hold in holds])
+                command = kind.acquire_all(
+                    others, tokens, micros(holds[0].ttl), first.not_after(now), first.info(holds[0])
+                )
                 try:
                     reply = yield command._replace(repeatable=doubt)
                 except MaybeAppliedError:
                     doubt = True
                     continue
-                first.learn(reply[1])
+                first.learn(reply[1], clock())
                 if reply[0] != -1:
                     break
         except GeneratorExit:

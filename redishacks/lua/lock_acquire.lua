@@ -40,7 +40,7 @@ if state and string.byte(state) == 45 then
 elseif state then
   holder, left, length, fence, lost, waiting, info =
     string.match(state, '^(%S+) (%d+) (%d+) (%d+) (%d+) (%d) (.*)$')
-  left = left - now
+  left = (left or now) - now
   if holder == token then
     if ttl >= left or waiting == '0' then
       hold(token, ttl, fence, lost, waiting, ARGV[6])
@@ -51,6 +51,9 @@ elseif state then
   end
 end
 
+if not waiting then
+  return redis.error_reply('ERR this key is no lock')
+end
 if info == token or ticket == '!' and holder ~= token then
   return {-2, now}
 end

@@ -34,10 +34,13 @@ for i = 1, locks do
   elseif state then
     holder, ends, length, fence, lost, waiting, about =
       match(state, '^(%S+) (%d+) (%d+) (%d+) (%d+) (%d) (.*)$')
-    if ends - now > tonumber(length) then -- the clock was set back
+    if waiting and ends - now > tonumber(length) then -- the clock was set back
       ends = now + length
       write(lock, holder, tonumber(length), fence, lost, waiting, about)
     end
+  end
+  if not waiting then
+    return redis.error_reply('ERR this key is no lock')
   end
   if about == token then
     return {-2, now}
