@@ -1002,7 +1002,7 @@ def test_dead_waiters_cost_nothing(world: World, look: Look, valkey: Server, cro
     look.nothing_left()
 
 
-@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("threads", [1, 12])
 def test_a_stopped_waiter_costs_a_moment(
     world: World, look: Look, valkey: Server, crowd: Crowd, threads: int
 ) -> None:

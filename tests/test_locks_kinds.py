@@ -214,6 +214,8 @@ class Model:
         self.ears: set[str] = set()
         self.told: list[tuple[str, str]] = []
         self.state = State({}, {}, {}, 0)
+        #: Processes that did not take what they were handed, as far as the running script knows.
+        self.gone: set[str] = set()
         #: When each key ends, in ms; None for one that is not there.
         self.ends: list[int | None] = [None] * 3
 
@@ -243,6 +245,7 @@ class Model:
     def settle(self, now: int) -> None:
         """End what has ended, and what lasts longer than it may after the clock was set back."""
         holders, _, about, _ = self.state
+        self.gone.clear()
         for token, end in list(holders.items()):
             if end < 0 and -end <= now:
                 del holders[token]
@@ -251,6 +254,7 @@ class Model:
                 holders[token] = -(now + HOUR)
                 if known is not None and not known.info:  # it was never confirmed
                     del holders[token]
+                    self.gone.add(token[1:13])
         running = {token: holders[token] for token in self.state.running(now)}
         longest = max(running, key=lambda token: (running[token], token), default="")
         if longest in about and running[longest] - now > about[longest].length:
@@ -278,6 +282,7 @@ class Model:
         """Hand it over to all for whom there is room, in turn; return whether `own` is one."""
         given: list[Who] = []
         mine = False
+        self.gone.discard(own[1:13])
         for who in self.state.queue():
             free = self.room(who.token, now)
             if not free:
@@ -290,7 +295,7 @@ class Model:
             if free and who.token == own:
                 self.give(own, CLAIM, now, "")
                 mine = True
-            elif free and self.tell(who, 0):
+            elif free and self.tell(who, 0) and who.token[1:13] not in self.gone:
                 self.give(who.token, CLAIM, now, "")
                 given.append(who)
         if given:
@@ -504,7 +509,12 @@ EVENTS = st.lists(
 #: Two processes are given it, and somebody of the second is next.
 OF_TWO = [Who("r", ear) for ear in ("-", "-", "pA", "pB", "pB", "pA", "pA")]
 
+#: One that was handed it does not take it, and after it comes another of its process.
+SLIPS: Any = [("quit", 2, 0, TTL, ""), ("quit", 3, 0, TTL, ""), ("force", 0, 0, TTL, "")]
+SLIPS += [("again", 5, CLAIM, TTL, "x"), ("again", 4, 1, TTL, "x"), ("give", 5, 1, TTL, "")]
 
+
+@example(most=1, people=[Who("r")] * 7, crowd=7, events=SLIPS)
 @example(most=2, people=OF_TWO, crowd=7, events=[("force", 0, 0, TTL, "")])
 @settings(max_examples=100, deadline=None)
 @given(most=st.sampled_from([0, 0, 1, 2, 3]), people=PEOPLE, crowd=st.integers(0, 7), events=EVENTS)
@@ -513,7 +523,10 @@ def test_a_trace_agrees_with_the_model(
 ) -> None:
     """Each reply, what is stored and for how long, and who is told are as the model says."""
     events = [("wait", number, 1, TTL, "first") for number in range(crowd)] + events
-    people = [Who(f"{kind}{number}", ear) for number, (kind, ear) in enumerate(people)]
+    people = [
+        Who(f"{kind}process-{number % 3:04}{number}", ear)
+        for number, (kind, ear) in enumerate(people)
+    ]
     real, model, witness = Real(bench, most), Model(most), Witness(most)
     model.ears = {"pA", "pB", "pC"}
     bench.ears.open(model.ears)
@@ -592,7 +605,7 @@ class Lease(NamedTuple):
         crowd = int(bool(self.line))
         if self.left is None:
             return f"- {self.fence} {self.lost} {crowd} {self.token}"
-        return f"{self.token} {now + self.left} {TTL} {self.fence} {self.lost} {crowd} info"
+        return f"{self.token} {now + self.left} {TTL} {self.fence} {self.lost} {crowd} host\tinfo"
 
 
 LEASES = st.none() | st.builds(
@@ -652,13 +665,14 @@ def test_all_or_none(bench: Bench, leases: list[Lease | None], fair: bool, late:
             assert after == before
             return
         if lease.left is not None and lease.left > 0:
-            assert reply == [0, now, place + 1, lease.left, lease.fence, b"info"]
+            assert reply == [0, now, place + 1, lease.left, lease.fence, b"host\tinfo"]
             assert after == before
             return
         first = first_there(lease)
         if fair and first is not None and first[1]:
             fence = max(now, lease.fence + 1)
-            assert reply == [0, now, place + 1, CLAIM, fence, b""]
+            giver = lease.token.encode() if lease.left is None else b""
+            assert reply == [0, now, place + 1, CLAIM, fence, giver]
             heir = f"w{first[0]} {now + CLAIM} {CLAIM} {fence} "
             assert after[place].startswith(heir.encode())
             assert after[:place] + after[place + 1 :] == before[:place] + before[place + 1 :]

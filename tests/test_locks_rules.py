@@ -248,13 +248,13 @@ class Oracle:
             self.told.append((who.ear, f"{who.token} {micros}"))
         return who.ear == "-" or who.ear in self.ears
 
-    def first(self, asking: str = "") -> Who | None:
+    def first(self, asking: str = "", gone: str | None = None) -> Who | None:
         """Find the first in line who is there; it stays in line when the lock is not given to it.
 
-        Who asks is there, and needs not be told.
+        Who asks is there, and needs not be told; all of a process that is gone are told only.
         """
         for who in self.queue():
-            there = who.token == asking or self.tell(who, 0)
+            there = who.token == asking or (self.tell(who, 0) and who.token[:12] != gone)
             if not there or who.fair or who.token == asking:
                 del self.line[who]
             if there:
@@ -307,16 +307,21 @@ class Oracle:
             if lease is not None:
                 self.lost = self.fence
             self.fence = max(now, self.fence + 1)
-            first = None
+            first, gone = None, None
+            note = (self.released or "") if lease is None else lease.info
+            if "\t" in note:
+                note = ""
+            elif lease is not None and lease.token[:12] != who.token[:12]:
+                gone = lease.token[:12]  # it did not take what it was handed
             if who.fair and self.crowd:
-                first = self.first(who.token)
+                first = self.first(who.token, gone)
                 self.crowd = first is not None
             if first is None or first.token == who.token or not first.fair:
                 self.lease, self.released = taken, None
                 if ticket:
                     self.line.pop(who, None)
                 return [1, now, self.fence]
-            self.hand_over(first, now)
+            self.hand_over(first, now, note)
             self.warn(CLAIM, first)
         elif lease.ends > now + lease.length:
             self.lease = lease._replace(ends=now + lease.length)
@@ -378,15 +383,15 @@ class Witness:
         self._lost: set[int] = set()
         #: The token that was given back last, until somebody gets the lock by asking.
         self._last = ""
+        #: The process that it was handed to, and that has not taken it yet.
+        self._claimed: str | None = None
         self._held: tuple[str, int] | None = None
         self._line: list[tuple[str, str]] = []
 
     def acquired(self, who: Who, ttl: int, reply: list[Any]) -> None:
         """See an acquisition."""
-        before, last = self._held, self._last
+        last = self._last
         self._look(who, own=False)
-        if self._held != before:
-            self._last = ""
         if reply[0] != 1:
             return
         assert who.token != last, "a released one is granted again"
@@ -416,7 +421,7 @@ class Witness:
 
     def _look(self, asking: Who | None, *, own: bool) -> None:
         """See who has the lock now, and how it came to that."""
-        words = (self._real.stored or "-").split(" ")
+        words = (self._real.stored or "-").split(" ", 6)
         held = None if words[0] == "-" else (words[0], int(words[3]))
         before, self._held = self._held, held
         if held != before:
@@ -425,6 +430,8 @@ class Witness:
             if held is not None:
                 assert held[1] > max(self._given_back | self._lost, default=0)
                 self._came_to(held[0], asking)
+        claimed = held is not None and "\t" not in words[6]
+        self._claimed = words[0][:12] if claimed else None
         line = [entry.split(" ", 1) for entry, _ in self._real.waiting]
         assert not line or words[5 if held else 3] == "1", "who releases it must look"
         self._line = [(token, how) for token, how in line]
@@ -435,6 +442,8 @@ class Witness:
         if takes and asking is not None and not asking.fair:
             return
         for token, how in self._line:
+            if asking is not None and asking.token[:12] != token[:12] == self._claimed:
+                continue  # its process did not take what it was handed
             there = how[1:] == "-" or how[1:] in self._ears
             if token == holder:
                 assert takes or there, "a dead one got it"
@@ -549,7 +558,7 @@ def test_a_trace_agrees_with_the_model(bench: Bench, line: Any, events: Any) -> 
     """Each reply, what is stored, who is in line and who is told are as the model says."""
     trace = Trace(bench)
     crowd = [
-        Who(f"t{n}", fair, ear if ear[0] in "-" + bench.kinds else "pD")
+        Who(f"process-{n % 2:04}{n}", fair, ear if ear[0] in "-" + bench.kinds else "pD")
         for n, (fair, ear) in enumerate(line)
     ]
     for what, number, step, ttl, info in events:

@@ -34,26 +34,30 @@ local function hold(who, micros, fence, lost, waiting, info)
   call('SET', lock, value, 'PX', micros < 86400000000 and '172800000' or format('%d', micros / 500))
 end
 
+local slipped -- who was handed it and did not take it
 local holder, left, length, fence, lost, waiting, info = nil, 0, 0, 0, '0', '0', ''
 if state and string.byte(state) == 45 then
   fence, lost, waiting, info = string.match(state, '^- (%d+) (%d+) (%d) (.*)$')
 elseif state then
   holder, left, length, fence, lost, waiting, info =
     string.match(state, '^(%S+) (%d+) (%d+) (%d+) (%d+) (%d) (.*)$')
-  left = (left or now) - now
+end
+if not waiting then
+  return redis.error_reply('ERR this key is no lock')
+end
+if holder then
+  left = left - now
   if holder == token then
     if ttl >= left or waiting == '0' then
       hold(token, ttl, fence, lost, waiting, ARGV[6])
       return {1, now, tonumber(fence)}
     end
   elseif left <= 0 then
+    slipped = not string.find(info, '\t', 1, true) and holder
     holder, lost = nil, fence
   end
 end
 
-if not waiting then
-  return redis.error_reply('ERR this key is no lock')
-end
 if info == token or ticket == '!' and holder ~= token then
   return {-2, now}
 end
@@ -80,15 +84,17 @@ if holder == token then -- for less time than those in line have been told
   return {1, now, tonumber(fence)}
 end
 if not holder then
-  local who, mode, first = first_in(line, token)
+  local gone = slipped and process(slipped)
+  local who, mode, first = first_in(line, token, gone ~= process(token) and gone)
   if not who or who == token or mode == 'u' then
     hold(token, ttl, fence, lost, who and '1' or '0', ARGV[6])
     call('ZREM', line, entry)
     return {1, now, fence}
   end
-  hold(who, CLAIM, fence, lost, '1', '')
+  info = string.find(info, '\t', 1, true) and '' or info -- who released it may yet ask once more
+  hold(who, CLAIM, fence, lost, '1', info)
   warn_others(line, first, CLAIM)
-  holder, left, waiting, info = who, CLAIM, '1', ''
+  holder, left, waiting = who, CLAIM, '1'
 elseif left > tonumber(length) then -- the clock was set back: no lease is longer than it is long
   left = tonumber(length)
   hold(holder, left, fence, lost, waiting, info)

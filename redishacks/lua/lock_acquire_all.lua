@@ -49,16 +49,19 @@ for i = 1, locks do
     if ends - now > 0 then
       return {0, now, i, ends - now, tonumber(fence), about}
     end
+    local gone = nil
+    local note = string.find(about, '\t', 1, true) and '' or about
     if holder ~= '-' then
       lost = fence
+      gone = note == about and process(holder)
     end
     fence = math.max(now, fence + 1)
     if waiting == '1' and barge == '0' then
-      local who, mode, first = first_in(line)
+      local who, mode, first = first_in(line, nil, gone ~= process(token) and gone)
       if who and mode == 'f' then
-        write(lock, who, CLAIM, fence, lost, '1', '')
+        write(lock, who, CLAIM, fence, lost, '1', note)
         warn_others(line, first, CLAIM)
-        return {0, now, i, CLAIM, fence, ''}
+        return {0, now, i, CLAIM, fence, note}
       end
       waiting = who and '1' or '0'
     end

@@ -17,15 +17,21 @@ local function tell(entry, micros) -- whether anybody listens
   return call(verb, channel, string.format('%s %d', token, micros)) > 0
 end
 
+local function process(token) -- that it is of: after a mark of some kinds, its first 12 characters
+  return string.match(token, '^[rw]?(' .. string.rep('.?', 12) .. ')')
+end
+
 -- The first in line who is there, and its mode; one to whom a lock is handed over leaves the line.
-local function first_in(line, own)
+-- So do those of a process that is `gone`: it did not take what it was handed. They are told, and
+-- when they look again their tickets give them back their places.
+local function first_in(line, own, gone)
   while true do
     local entry = call('ZRANGE', line, 0, 0)[1]
     if not entry then
       return nil
     end
     local token, mode = string.match(entry, '^(%S+) (.)')
-    if token == own or tell(entry, 0) then
+    if token == own or tell(entry, 0) and not (gone and gone == process(token)) then
       if mode == 'f' or token == own then
         call('ZREM', line, entry)
       end

@@ -9,6 +9,7 @@
 
 local GONE = 3600000000 -- µs that it is remembered who has lost it
 local holders, line, about, most = KEYS[1], KEYS[2], KEYS[3], nil
+local gone = {} -- processes that did not take what they were handed, see first_in
 
 -- When nobody saw the last leases end, what is known about their holders is still there.
 local function sweep()
@@ -25,6 +26,7 @@ local function settle(now)
   for _, token in ipairs(call('ZRANGEBYSCORE', holders, '0', string.format('%d', now))) do
     if string.find(call('HGET', about, token) or '', '^%d+ %d+ $') then
       call('ZREM', holders, token)
+      gone[process(token)] = true
     else
       call('ZADD', holders, string.format('%d', -(now + GONE)), token)
     end
@@ -70,6 +72,9 @@ end
 -- Hand it over to those in line for whom there is room; return whether `own` is among them.
 local function admit(own, now)
   local mine, told, last = false, 0, nil
+  if own then
+    gone[process(own)] = nil
+  end
   local entry = call('ZRANGE', line, 0, 0)[1]
   while entry do
     local token = string.match(entry, '^%S+')
@@ -85,7 +90,7 @@ local function admit(own, now)
     if free and token == own then
       hold(token, CLAIM, now, '')
       mine = true
-    elseif free and tell(entry, 0) then
+    elseif free and tell(entry, 0) and not gone[process(token)] then
       hold(token, CLAIM, now, '')
       told, last = told + 1, entry
     end
