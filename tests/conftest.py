@@ -11,7 +11,14 @@ from pathlib import Path
 
 import pytest
 
-from redishacks.testing import Cluster, FaultProxy, Postgres, Server, servers_available
+from redishacks.testing import (
+    Cluster,
+    FaultProxy,
+    Postgres,
+    Server,
+    servers_available,
+    valkey_server,
+)
 from tests.helpers import Colour
 
 
@@ -76,6 +83,13 @@ def redis62(redishacks_redis: Server) -> Server:
 def cluster(redishacks_cluster: Cluster) -> Cluster:
     """The session's cluster of three primaries."""
     return redishacks_cluster
+
+
+@pytest.fixture(scope="module")
+def quiet() -> Iterator[Server]:
+    """A server of a file's tests that count what it is told."""
+    with valkey_server() as server:
+        yield server
 
 
 @pytest.fixture(scope="session")

@@ -38,7 +38,7 @@ from redishacks.locks import (
     SelfDeadlockError,
     _keeper,
 )
-from redishacks.testing import FaultProxy, Server, valkey_server
+from redishacks.testing import FaultProxy, Server
 from tests.helpers import eventually
 from tests.workers import is_stopped, pipe, start
 
@@ -401,13 +401,6 @@ def remote(
             remotes.append(each)
         else:
             each.ends()
-
-
-@pytest.fixture(scope="module")
-def quiet() -> Iterator[Server]:
-    """A server of this file, for tests that count what it is told."""
-    with valkey_server() as server:
-        yield server
 
 
 @pytest.fixture

@@ -31,7 +31,7 @@ from redishacks.ratelimit import (
     Slot,
 )
 from redishacks.ratelimit._places import slots_command
-from redishacks.testing import Cluster, FaultProxy, valkey_server
+from redishacks.testing import Cluster, FaultProxy, Server, valkey_server
 from tests.helpers import Colour, Facade, eventually
 from tests.workers import pipe, start
 
@@ -293,11 +293,11 @@ def test_an_error_inside_gives_the_place_back(colour: Colours, url: str, prefix:
             raise ZeroDivisionError
 
 
-def test_one_command_in_and_one_out(valkey: Any, prefix: str) -> None:
+def test_one_command_in_and_one_out(quiet: Server, prefix: str) -> None:
     """Entering, leaving and looking are one EVALSHA each."""
-    render = ConcurrencyLimiter(valkey.url, "render", 1, prefix=prefix)
+    render = ConcurrencyLimiter(quiet.url, "render", 1, prefix=prefix)
     render.peek()
-    with valkey.client() as client:
+    with quiet.client() as client:
         before = client.info("commandstats")["cmdstat_evalsha"]["calls"]
         with render(), pytest.raises(RateLimitedError):
             render.acquire()
