@@ -15,8 +15,7 @@ from redishacks._command import Command, script
 from redishacks._slots import key_slot
 from redishacks._transport import connect
 from redishacks.errors import ServerError
-from redishacks.locks._core import holders
-from redishacks.locks.commands import MINE, Exclusive, Names
+from redishacks.locks.commands import MINE, Exclusive, Names, holders
 from redishacks.locks.holder import Holder
 from redishacks.testing import Server
 from tests.helpers import eventually

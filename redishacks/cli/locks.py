@@ -18,13 +18,13 @@ from redishacks.cli import show
 from redishacks.cli.ending import EXIT_CODES, Exit, exit_of, one_line, tell, worst
 from redishacks.errors import RedisHacksError, UsageError
 from redishacks.locks import Holder
-from redishacks.locks._core import holders
 from redishacks.locks.commands import (
     TOOL,
     Exclusive,
     Names,
     Shared,
     Waiter,
+    holders,
     parse_key,
     waiting,
 )

@@ -22,7 +22,8 @@ from redishacks._transport import (
 )
 from redishacks._units import Seconds
 from redishacks.errors import UsageError
-from redishacks.locks._core import UNSET, Core, Hold
+from redishacks.locks._core import UNSET, Core
+from redishacks.locks._hold import Hold
 from redishacks.locks._station import AsyncStation, Station, async_station, station
 from redishacks.locks._transaction import async_node_client, node_client
 from redishacks.locks.held import AsyncHeld, Held
@@ -67,7 +68,7 @@ class SyncCore(Core[SyncTransport]):
         if held.fence:
             return held
         first: Any = None
-        if not held._ear:
+        if not held.ear:
             try:
                 first = self.transport.call(self.question(held), self.deadline)
             except BaseException as error:
@@ -133,7 +134,7 @@ class AsyncCore(Core[AsyncTransport]):
 
             def heard(done: asyncio.Future[Any]) -> None:
                 if not done.cancelled() and done.result() == 1:
-                    hold._station.left(hold.token)
+                    hold.station.left(hold.token)
 
             future.add_done_callback(heard)
 
@@ -151,7 +152,7 @@ class AsyncCore(Core[AsyncTransport]):
         if held.fence:
             return held
         first: Any = None
-        if not held._ear:
+        if not held.ear:
             try:
                 first = await self.transport.call(self.question(held), self.deadline)
             except GeneratorExit:

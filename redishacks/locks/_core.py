@@ -1,4 +1,4 @@
-"""What locks of all kinds and both colours share: to acquire, to hold, to lose, to release."""
+"""What locks of all kinds and both colours share: how one is acquired, waited for and released."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import logging
 import math
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable
 from typing import Any, Generic, NoReturn, Protocol, TypedDict, TypeVar, cast
 
 from redishacks._command import Call, Command, Sleep, Steps, ask, ask_all
@@ -26,13 +26,13 @@ from redishacks.errors import (
 )
 from redishacks.locks._clock import clock
 from redishacks.locks._here import here
+from redishacks.locks._hold import Entered, Hold, extend_all_steps
 from redishacks.locks._keeper import Renewal
-from redishacks.locks._station import AsyncStation, Station
-from redishacks.locks.commands import MINE, Kind, Names
+from redishacks.locks._station import AnyStation
+from redishacks.locks.commands import MINE, Kind, Names, answer, holders, micros
 from redishacks.locks.holder import (
     Holder,
     LockedError,
-    LockLostError,
     SelfDeadlockError,
     parse_info,
 )
@@ -43,8 +43,6 @@ _SHORTEST, _LONGEST = 0.001, 366 * 86_400.0
 _SHORTEST_RENEWED = 0.1
 #: Seconds after which a lease is renewed no more, unless told otherwise.
 _MAX_HOLD = 3600.0
-#: A lease counts as ended a little early: the clocks of two machines do not run alike.
-_SKEW = 0.999
 #: Seconds after the deadline in which a command may still be carried out: connecting has its own.
 _GRACE = 2.5
 #: Seconds by which waiters look one after the other, so that the first gets there first.
@@ -55,8 +53,6 @@ _LOOK = 0.05
 _LOOK_AGAIN = 1.0
 #: Pauses of a waiter while Redis is away, at first and at most.
 _PAUSES = (0.02, 1.0)
-#: Renewals of locks that came at about the same time go out together.
-_TOGETHER = 30
 
 #: What a transport raises when a server is not there, or did not answer in time.
 AWAY = (UnavailableError, MaybeAppliedError)
@@ -68,7 +64,6 @@ E = TypeVar("E")
 F = TypeVar("F", bound=Callable[..., Any])
 H = TypeVar("H", bound="Hold")
 T = TypeVar("T", bound=SyncTransport | AsyncTransport)
-AnyStation = Station | AsyncStation
 
 _log = logging.getLogger("redishacks")
 
@@ -80,271 +75,6 @@ class _Unset:
 
 #: For an argument that was not given, where None means something.
 UNSET: Any = _Unset()
-
-
-# One acquisition
-
-
-class Hold:
-    """One acquisition of a lock: what is known about it in this process."""
-
-    #: A number that grows from holder to holder; 0 until it is held.
-    fence = 0
-    _asked = _began = _until = 0.0
-    _end = math.inf
-    #: What wakes a waiter.
-    bell: Any = None
-    #: How a waiter is told; "" for one that is not in line.
-    _ear = ""
-    #: How many times over it is held, by reentrance.
-    _depth = 1
-    #: A command may have arrived whose reply was lost.
-    _doubt = False
-    _released = _lost = _told = False
-    #: Seconds of the lease that the keeper asked for last.
-    _wanted = 0.0
-    #: When the last answer came that began a lease.
-    _answered_at = 0.0
-    #: When the keeper looks at it next.
-    kept_until = math.inf
-
-    def __init__(self, core: Core[Any], station: AnyStation, owner: Hashable, ttl: float) -> None:
-        #: Names this acquisition; `Lock.adopt` takes it in another process.
-        self.token = core.kind.mark + station.token()
-        #: Seconds of its lease.
-        self.ttl = ttl
-        self._core = core
-        self._station = station
-        self._owner = owner
-        self._keeper = keeper = station.keeper
-        #: Another one in a forked child: what is held there is the parent's.
-        self._process = keeper.process
-        self._renew = core.renew
-
-    def __repr__(self) -> str:
-        state = "released" if self._released else "lost" if self.lost else "held"
-        return f"<{type(self).__name__} of {self.name}: {state}>"
-
-    def __reduce__(self) -> NoReturn:
-        raise UsageError(
-            "an acquisition belongs to its process and cannot be pickled: "
-            "pass its token on, and adopt(token) there"
-        )
-
-    @property
-    def name(self) -> str:
-        """The lock's name."""
-        return str(self._core.name)
-
-    @property
-    def inherited(self) -> bool:
-        """Whether this is a forked child's copy of what its parent holds."""
-        return self._process is not self._keeper.process
-
-    @property
-    def remaining(self) -> float:
-        """Seconds until the lease ends, by this process's clock; 0.0 when it is not held."""
-        return 0.0 if self._released or self.lost else max(0.0, self._until - clock())
-
-    @property
-    def lost(self) -> bool:
-        """Whether the lease ended before the release; always so in a forked child."""
-        if not self._released and not self._lost and clock() >= self._until:
-            self._lost = True
-        return self._lost or self._process is not self._keeper.process
-
-    @property
-    def held(self) -> bool:
-        """Whether it is held, as far as this process knows. No round trip."""
-        return not self._released and not self.lost
-
-    def check(self) -> None:
-        """Raise `LockLostError` unless it is held, as far as this process knows. No round trip."""
-        if not self.held:
-            raise self.loss()
-
-    def _redis(self) -> tuple[Any, bool]:
-        if self._core.kind.mark:
-            raise UsageError("a transaction needs a Lock or a MultiLock: one that is held alone")
-        return self._core.redis()
-
-    def loss(self) -> LockLostError:
-        """Return what to raise about a lock that is not held any more."""
-        if self.inherited:
-            why = "it belongs to the process that this one was forked from"
-        elif self._released and not self._lost:
-            why = "it was released"
-        else:
-            why = f"its lease of {self.ttl:g} s ended, or it was taken away, before the release"
-        return LockLostError(f"lock {self.name} is not held: {why}", self.name)
-
-    # For the keeper
-
-    @property
-    def key(self) -> bytes:
-        """The lock."""
-        return self._core.kind.key
-
-    @property
-    def renewal(self) -> Renewal:
-        """What begins the lease anew."""
-        return self._core.renewal
-
-    def over(self, now: float) -> bool:
-        """Return whether the lease has ended without a release."""
-        return not self._released and not self._told and (self._lost or now >= self._until)
-
-    def due(self) -> float | None:
-        """Return when to look at it next; None when never again."""
-        if self._released or self._told:
-            return None
-        if self._renew and self._until < self._end:
-            grid = self.ttl / _TOGETHER
-            return min(math.ceil(self._half() / grid) * grid, self._until)
-        return self._until
-
-    def wants(self, now: float) -> str | None:
-        """Return how many µs a new lease should last, None when it is not time."""
-        if not self._renew or self._released or self._lost:
-            return None
-        if not self._half() <= now < self._until < self._end:
-            return None
-        self._wanted = min(self.ttl, self._end - now)
-        return micros(self._wanted)
-
-    def _half(self) -> float:
-        """Return when half of the lease is over."""
-        return (self._asked + self._until) / 2
-
-    def renewed(self, since: float) -> None:
-        """Hear that the lease it wanted was asked for at that moment, and began."""
-        self._lasts(since, self._wanted)
-
-    def lease(self, ttl: Seconds) -> float:
-        """Return the seconds of a lease; raises `UsageError`."""
-        return float(self._core.lease(ttl))
-
-    def extension(self, length: float | None, now: float) -> tuple[float, Command[list[Any]]]:
-        """Return what begins a lease anew, and its seconds; by default those it has."""
-        wanted = min(self.ttl if length is None else length, self._end - now)
-        command = self._core.asking(self, now, MINE, wanted)
-        return wanted, command._replace(repeatable=True)
-
-    def answered(self, reply: Any, since: float, wanted: float) -> bool:
-        """Take the answer to an extension; return whether it was too late and is asked for again.
-
-        Raises `LockLostError`.
-        """
-        state, now, *_ = answer(reply)
-        self._core.learn(now, clock())
-        if state == -1:
-            return True
-        if state == 1:
-            self.ttl = wanted
-            self._lasts(since, wanted)
-            self.watched()
-        else:
-            self.ended()
-        self.check()
-        return False
-
-    def _lasts(self, since: float, length: float) -> None:
-        until = since + length * _SKEW
-        if since <= self._answered_at:  # the server may have heard the other question later
-            until = min(until, self._until)
-        self._asked, self._until = since, min(until, self._end)
-        self._answered_at = clock()
-
-    def keep_on(self, on: bool) -> None:
-        """Have the lease begun anew in the background, or no more."""
-        self._renew = on
-        self.watched()
-
-    def watched(self) -> None:
-        """See that somebody looks after the lease, if anybody has to."""
-        self._core.watch(self)
-
-    def missed(self, since: float) -> None:
-        """Hear that nobody knows what became of the lease that was asked for at that moment."""
-        self._until = min(self._until, max(since + self._wanted * _SKEW, self._asked))
-
-    def ended(self) -> None:
-        """Hear that the lease has ended."""
-        if self._released or self.inherited:
-            return  # a renewal that came after the release says nothing
-        self.tell_lost()
-
-    # For the lock
-
-    def begin_asking(self) -> float:
-        """Take note of when it is asked for: the server looks at its clock later."""
-        self._asked = now = clock()
-        return now
-
-    def begin(self, fence: int, longest: float) -> None:
-        """Hold it since it was asked for, for so many seconds at most."""
-        self.fence = fence
-        self._began = since = self._asked
-        self._until = since + self.ttl * _SKEW
-        if longest < math.inf:
-            self._end = since + longest
-            self._until = min(self._until, self._end)
-
-    def stale(self, now: float) -> bool:
-        """Return whether its lease would be over by then, had it begun when it was asked for."""
-        return now >= self._asked + self.ttl * _SKEW
-
-    def end(self) -> bool:
-        """Take note of a release; return whether the server is to be told of it."""
-        if self._released or self._process is not self._keeper.process:
-            return False
-        self._depth -= 1
-        if self._depth:
-            return False
-        self._lost = self._lost or clock() >= self._until
-        self._released = True
-        self._core.released(self)
-        return True
-
-    @property
-    def was_lost(self) -> bool:
-        """Whether it was lost before its release."""
-        return self._lost
-
-    def tell_lost(self) -> None:
-        """Tell whoever wants to know, once."""
-        self._lost = True
-        if not self._told:
-            self._told = True
-            self._core.lost(self)
-
-
-# The lock
-
-
-class Entered:
-    """What threads or tasks hold by `with lock`, whose exit gets no handle."""
-
-    def __init__(self) -> None:
-        self._holds: dict[Hashable, list[Any]] = {}
-
-    def push(self, owner: Hashable, held: E) -> E:
-        """Take note of a `with` that begins; return what it holds."""
-        self._holds.setdefault(owner, []).append(held)
-        return held
-
-    def pop(self, owner: Hashable) -> Any:
-        """Return what the `with` holds that ends: the last that began here, or else anywhere.
-
-        A generator may be closed by another thread or task than the one that began it.
-        """
-        if owner not in self._holds:
-            owner = next(reversed(self._holds))
-        holds = self._holds[owner]
-        held = holds.pop()
-        if not holds:
-            del self._holds[owner]
-        return held
 
 
 class Options(TypedDict, total=False):
@@ -463,14 +193,14 @@ class Core(ABC, Generic[T]):
 
     def released(self, hold: Hold) -> None:
         """Take note of a release."""
-        here.remove((self._here, hold._owner), hold)
+        here.remove((self._here, hold.owner), hold)
         if self._on_event is not None:
-            self._tell("held", clock() - hold._began)
+            self._tell("held", clock() - hold.began)
 
     def lost(self, hold: Hold) -> None:
         """Tell whoever wants to know that a lock was lost."""
-        here.remove((self._here, hold._owner), hold)
-        self._tell("lost", clock() - hold._began)
+        here.remove((self._here, hold.owner), hold)
+        self._tell("lost", clock() - hold.began)
         if self._on_lost is not None:
             try:
                 self._on_lost(hold)
@@ -496,9 +226,9 @@ class Core(ABC, Generic[T]):
         longest = self.patience(wait)
         hold = self.fresh(kind, ttl)
         if longest and not hold.fence:
-            wakeups = hold._station.wakeups
+            wakeups = hold.station.wakeups
             hold.bell = wakeups.enter(hold.token)
-            hold._ear = wakeups.ear(self._where, self._names.channels(wakeups.name)) or ""
+            hold.ear = wakeups.ear(self._where, self._names.channels(wakeups.name)) or ""
         return hold, clock() + longest if longest else 0.0
 
     def fresh(self, kind: type[H], ttl: Seconds | None) -> H:
@@ -525,8 +255,8 @@ class Core(ABC, Generic[T]):
         self.begin(hold, first)
         self.learn(first, now)
         if hold.bell is not None:
-            hold._station.wakeups.leave(hold.token)
-            self._tell("waited", clock() - hold._began)
+            hold.station.wakeups.leave(hold.token)
+            self._tell("waited", clock() - hold.began)
         return True
 
     def acquire_steps(self, hold: H, end: float, first: Any = None) -> Steps[H]:
@@ -534,14 +264,14 @@ class Core(ABC, Generic[T]):
 
         Raises `LockedError`.
         """
-        began = hold._asked or clock()
+        began = hold.asked or clock()
         while True:
             try:
                 yield from self._take(hold, end, first)
                 break
             except _Forked:
                 # The acquisition is the parent's: this process has one of its own.
-                hold = type(hold)(self, self._station(), hold._owner, hold.ttl)
+                hold = type(hold)(self, self._station(), hold.owner, hold.ttl)
                 first = None
         self.settle(hold)
         if self._on_event is not None and end > began:
@@ -578,26 +308,25 @@ class Core(ABC, Generic[T]):
         command = self.asking(hold, hold.begin_asking(), MINE)
         state, _, *more = answer((yield from ask(command._replace(repeatable=True))))
         if state != 1:
-            hold._lost = True
             raise hold.loss()
         self.begin(hold, more[0])
         return hold
 
     def settle(self, hold: Hold) -> None:
         """Take note that this thread or task holds it from now on."""
-        here.add((self._here, hold._owner), hold)
+        here.add((self._here, hold.owner), hold)
         self.watch(hold)
 
     def _nested(self, mine: H) -> H:
         # Who shares a lock cannot have it alone without giving it back first.
-        more = mine._core.kind.mark == "r" and self.kind.mark == "w"
+        more = mine.mark == "r" and self.kind.mark == "w"
         if more or not self._reentrant:
             way = "release it first" if more else "reentrant=True allows that"
             raise SelfDeadlockError(
                 f"lock {self.name} is held by this very thread or task: {way}",
                 self.name, None, mine.remaining,
             )  # fmt: skip
-        mine._depth += 1
+        mine.depth += 1
         return mine
 
     def _take(self, hold: Hold, end: float, first: Any) -> Steps[None]:
@@ -609,15 +338,15 @@ class Core(ABC, Generic[T]):
         except GeneratorExit:
             raise  # nobody is there to go on: the lease ends by itself
         except BaseException:
-            if not hold._released and not hold.inherited:
+            if not hold.released and not hold.inherited:
                 self.give_up(hold)
             raise
         finally:
             if hold.bell is not None:
-                hold._station.wakeups.leave(hold.token)
+                hold.station.wakeups.leave(hold.token)
 
     def _ask_and_wait(self, hold: Hold, end: float, first: Any) -> Steps[None]:
-        ticket, contended = "0" if hold._ear else "", False
+        ticket, contended = "0" if hold.ear else "", False
         again = False
         while True:
             state, _, *more = yield from self._asked(hold, ticket, end, first)
@@ -633,24 +362,24 @@ class Core(ABC, Generic[T]):
             if state == -2:
                 raise UnavailableError(f"lock {self.name}: taken away before its reply came")
             left, place, known, fence, info = more
-            if hold._asked >= end and ticket:
+            if hold.asked >= end and ticket:
                 yield from self._leave_line(hold)
             if not contended:
                 contended = True
                 self._tell("contended", 0.0)
-            if hold._asked >= end:
+            if hold.asked >= end:
                 self.refuse(hold, left, fence, info)
             if not ticket:
                 if hold.bell is None:
-                    hold.bell = hold._station.wakeups.enter(hold.token)
+                    hold.bell = hold.station.wakeups.enter(hold.token)
                 try:
-                    hold._ear, ticket = (yield from self._listen(hold)), "0"
+                    hold.ear, ticket = (yield from self._listen(hold)), "0"
                 except _MovedError:
                     if clock() >= end:
                         raise
                 continue
             ticket = known.decode()
-            wakeups = hold._station.wakeups
+            wakeups = hold.station.wakeups
             if wakeups.ear(self._where, self._names.channels(wakeups.name)) is None:
                 with contextlib.suppress(UnavailableError):  # else it looks by itself
                     if (yield from self._listen(hold)) != DEAF:
@@ -661,7 +390,7 @@ class Core(ABC, Generic[T]):
 
     def _listen(self, hold: Hold) -> Steps[str]:
         """See that this one can be told; return how."""
-        wakeups = hold._station.wakeups
+        wakeups = hold.station.wakeups
         channels = self._names.channels(wakeups.name)
         try:
             return (yield from wakeups.listen_steps(self._where, channels, self.deadline))
@@ -686,7 +415,7 @@ class Core(ABC, Generic[T]):
                 if hold.inherited:
                     raise _Forked from error
                 first = None
-                hold._doubt = True
+                hold.doubt = True
                 now = clock()
                 # Who asks for the first time is told at once that nobody is there.
                 there = ticket != "" or isinstance(error, MaybeAppliedError)
@@ -706,7 +435,7 @@ class Core(ABC, Generic[T]):
 
     def _sleep(self, hold: Hold, left: float, place: int, end: float) -> Steps[None]:
         """Sleep until it may be this one's turn, or the wait is over."""
-        wakeups = hold._station.wakeups
+        wakeups = hold.station.wakeups
         heard = wakeups.ear(self._where, self._names.channels(wakeups.name)) is not None
         # Those in front look first; the first four alone, for they may all be gone.
         nap = left + 0.001 + min(place, 4) * _APART
@@ -721,9 +450,9 @@ class Core(ABC, Generic[T]):
 
     def refuse(self, hold: Hold, left: int, fence: int, info: bytes) -> NoReturn:
         """Raise `LockedError` about who has it."""
-        if hold._doubt:  # an earlier copy may be under way
+        if hold.doubt:  # an earlier copy may be under way
             self.give_up(hold)
-        hold._released = True
+        hold.released = True
         holder = parse_info(info.decode("utf-8", "replace"), fence, left / 1e6)
         state = self.kind.taken() if holder is None else f"is held by {holder}"
         raise LockedError(
@@ -733,22 +462,22 @@ class Core(ABC, Generic[T]):
 
     def give_up(self, hold: Hold) -> None:
         """Leave an acquisition of which a command may have arrived, or arrive yet."""
-        command = self.kind.release(hold.token, 0, hold._ear)._replace(repeatable=True)
+        command = self.kind.release(hold.token, 0, hold.ear)._replace(repeatable=True)
         try:
             until = clock() + self.deadline + _GRACE
-            hold._station.leave(hold.token, command, until, hold.ttl)
+            hold.station.leave(hold.token, command, until, hold.ttl)
             self._post(hold, command)
         except Exception:
             _log.exception("giving up lock %s failed; it ends with its lease", self.name)
 
     def _leave_line(self, hold: Hold) -> Steps[None]:
-        fence = 0 if hold._doubt else -1  # no copy of its acquire is under way
-        command = self.kind.release(hold.token, fence, hold._ear)._replace(repeatable=True)
+        fence = 0 if hold.doubt else -1  # no copy of its acquire is under way
+        command = self.kind.release(hold.token, fence, hold.ear)._replace(repeatable=True)
         try:
             yield from ask(command)
         except AWAY:
             self.give_up(hold)
-        hold._released = True
+        hold.released = True
 
     def _replicate(self, hold: Hold) -> Steps[None]:
         """Wait until enough replicas have the lock; else give it back."""
@@ -776,16 +505,16 @@ class Core(ABC, Generic[T]):
 
     def watch(self, hold: Hold) -> None:
         """See that somebody looks after a lease, if it is renewed or its end is to be told."""
-        if hold._renew or self._on_lost is not None:
+        if hold.renews or self._on_lost is not None:
             when = hold.due()
             if when is not None:
-                hold._station.keep(hold, when)
+                hold.station.keep(hold, when)
 
     def asking(
         self, hold: Hold, now: float, ticket: str = "", ttl: float | None = None
     ) -> Command[list[Any]]:
         """Return what asks for it at that moment."""
-        ear = hold._ear if ticket else ""
+        ear = hold.ear if ticket else ""
         return self.kind.acquire(
             hold.token, micros(ttl or hold.ttl), self.not_after(now), self.info(hold), ticket, ear
         )
@@ -796,10 +525,10 @@ class Core(ABC, Generic[T]):
 
     def info(self, hold: Hold) -> str:
         """Return what others are told about who asks."""
-        thread = self._thread(hold._owner)
+        thread = self._thread(hold.owner)
         if not thread.isascii():
             thread = thread.encode("utf-8", "replace").decode()
-        return f"{hold._process}{self._label}\t{thread}"
+        return f"{hold.process}{self._label}\t{thread}"
 
     # Holding
 
@@ -824,7 +553,7 @@ class Core(ABC, Generic[T]):
         except BaseException:
             self.give_up(hold)
             raise
-        if hold._doubt:  # a first copy of its acquire may be under way
+        if hold.doubt:  # a first copy of its acquire may be under way
             self.give_up(hold)
         if lost:
             hold.tell_lost()
@@ -873,21 +602,6 @@ class _Forked(Exception):
     """This process was forked while its parent acquired a lock."""
 
 
-def extend_all_steps(holds: Sequence[Hold], ttl: Seconds | None) -> Steps[None]:
-    """Begin leases anew, in one exchange; raises `LockLostError`."""
-    length = None if ttl is None else holds[0].lease(ttl)
-    late = True
-    while late:
-        for hold in holds:
-            hold.check()
-        since = clock()
-        asked = [hold.extension(length, since) for hold in holds]
-        outcomes = yield from ask_all([command for _, command in asked])
-        late = False
-        for hold, (wanted, _), outcome in zip(holds, asked, outcomes, strict=True):
-            late = hold.answered(outcome.result(), since, wanted) or late
-
-
 class Wrapping(Protocol):
     """Something that a function may hold while it runs."""
 
@@ -905,28 +619,8 @@ def decorated(lock: Wrapping, function: F) -> F:
 # Values
 
 
-def answer(reply: Any) -> tuple[Any, ...]:
-    """Read the reply to `Kind.acquire`; mostly the fence is the server's time, and all it says."""
-    return (1, reply, reply) if type(reply) is int else tuple(reply)
-
-
-def holders(reply: list[Any]) -> list[Holder]:
-    """Read who holds a lock from the reply to `Kind.show`."""
-    found = []
-    for left, fence, info in zip(reply[2::3], reply[3::3], reply[4::3], strict=True):
-        holder = parse_info(info.decode("utf-8", "replace"), fence, left / 1e6)
-        found.append(holder or Holder("", 0, "", "", fence / 1e6, left / 1e6, fence))
-    return found
-
-
 def _wait_for(bell: Any, seconds: float) -> Steps[Any]:
     return (yield Call(bell.wait, (seconds,)))
-
-
-@functools.lru_cache(1024)
-def micros(length: float) -> str:
-    """Return seconds of a lease as µs in words, a millisecond at least."""
-    return str(max(1000, round(length * 1e6)))
 
 
 def _lease(ttl: Seconds) -> float:

@@ -8,7 +8,7 @@ from collections.abc import Hashable
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from redishacks.locks._core import Hold
+    from redishacks.locks._hold import Hold
 
 #: A lock of a server, and a thread or task.
 Place = tuple[str, Hashable]

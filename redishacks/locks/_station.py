@@ -73,6 +73,9 @@ class AsyncStation(_Station[TaskSender[Keeper], AsyncWakeups]):
 _OPTIONS: dict[str, Any] = {"linger": _LINGER, "deadline": _DEADLINE, "overflow": "raise"}
 
 
+AnyStation = Station | AsyncStation
+
+
 def station(transport: SyncTransport) -> Station:
     """Return the station of a server, made on first use and again in a forked child."""
     found = transport.single.get(_NAME)

@@ -19,7 +19,7 @@ from redis.exceptions import RedisError, WatchError
 from redis.exceptions import TimeoutError as Late
 
 from redishacks.errors import MaybeAppliedError, UnavailableError, UsageError
-from redishacks.locks._core import Hold
+from redishacks.locks._hold import Hold
 
 #: What a pipeline has besides commands.
 _NO_COMMANDS = frozenset({"reset", "unwatch", "watch"})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
@@ -11,6 +12,7 @@ from redishacks._command import Command, Script, script
 from redishacks._transport import Form
 from redishacks._wake import Channels
 from redishacks.errors import UsageError
+from redishacks.locks.holder import Holder, parse_info
 
 #: The tool's letter and the version of its keys.
 TOOL = "l1"
@@ -166,6 +168,26 @@ class Shared:
     def taken(self) -> str:
         """Say in words that somebody, who is not known, has it."""
         return "is held by several" if self._most == "0" else f"has all its {self._most} in use"
+
+
+def answer(reply: Any) -> tuple[Any, ...]:
+    """Read the reply to `Kind.acquire`; mostly the fence is the server's time, and all it says."""
+    return (1, reply, reply) if type(reply) is int else tuple(reply)
+
+
+def holders(reply: list[Any]) -> list[Holder]:
+    """Read who holds a lock from the reply to `Kind.show`."""
+    found = []
+    for left, fence, info in zip(reply[2::3], reply[3::3], reply[4::3], strict=True):
+        holder = parse_info(info.decode("utf-8", "replace"), fence, left / 1e6)
+        found.append(holder or Holder("", 0, "", "", fence / 1e6, left / 1e6, fence))
+    return found
+
+
+@functools.lru_cache(1024)
+def micros(length: float) -> str:
+    """Return seconds of a lease as µs in words, a millisecond at least."""
+    return str(max(1000, round(length * 1e6)))
 
 
 class Waiter(NamedTuple):

@@ -7,7 +7,7 @@ from types import TracebackType
 from redishacks._drive import drive, drive_async
 from redishacks._units import Seconds
 from redishacks.errors import RedisHacksError
-from redishacks.locks._core import Hold
+from redishacks.locks._hold import Hold
 from redishacks.locks._transaction import AsyncTransaction, Transaction
 from redishacks.locks.holder import LockLostError
 
@@ -21,7 +21,7 @@ class Held(Hold):
         Raises `LockLostError` when the lock was lost, and `UnavailableError` when Redis cannot be
         asked; the lease goes on until it ends. One round trip.
         """
-        drive(self._core.extend_steps(self, ttl), self._core.transport, self._core.deadline)
+        drive(self.core.extend_steps(self, ttl), self.core.transport, self.core.deadline)
 
     def release(self) -> None:
         """Give the lock back, to the next in line if there is one; again does no harm.
@@ -31,12 +31,12 @@ class Held(Hold):
         """
         if not self.end():
             return
-        core = self._core
+        core = self.core
         try:
             code = core.transport.call(core.giving_back(self), core.deadline)
         except BaseException as error:
             code = error
-        if code != 1 or self._lost or self._doubt:
+        if code != 1 or self._lost or self.doubt:
             drive(core.release_steps(self, code), core.transport, core.deadline)
 
     def transaction(self) -> Transaction:
@@ -74,21 +74,21 @@ class AsyncHeld(Hold):
 
     async def extend(self, ttl: Seconds | None = None) -> None:
         """Begin the lease anew, as `Held.extend`."""
-        core = self._core
+        core = self.core
         await drive_async(core.extend_steps(self, ttl), core.transport, core.deadline)
 
     async def release(self) -> None:
         """Give the lock back, as `Held.release`."""
         if not self.end():
             return
-        core = self._core
+        core = self.core
         try:
             code = await core.transport.call(core.giving_back(self), core.deadline)
         except GeneratorExit:
             raise  # nobody is there to go on: the lease ends by itself
         except BaseException as error:
             code = error
-        if code != 1 or self._lost or self._doubt:
+        if code != 1 or self._lost or self.doubt:
             await drive_async(core.release_steps(self, code), core.transport, core.deadline)
 
     def transaction(self) -> AsyncTransaction:

@@ -28,19 +28,10 @@ from redishacks._units import Seconds
 from redishacks.errors import MaybeAppliedError, RedisHacksError, UnavailableError, UsageError
 from redishacks.locks._clock import clock
 from redishacks.locks._colours import async_wrapped, this_task, wrapped
-from redishacks.locks._core import (
-    UNSET,
-    Core,
-    Entered,
-    F,
-    Hold,
-    Options,
-    decorated,
-    extend_all_steps,
-    micros,
-)
+from redishacks.locks._core import UNSET, F, Options, decorated
+from redishacks.locks._hold import Entered, Hold, extend_all_steps
 from redishacks.locks._transaction import AsyncTransaction, Transaction
-from redishacks.locks.commands import Exclusive
+from redishacks.locks.commands import Exclusive, micros
 from redishacks.locks.held import AsyncHeld, Held, noted
 from redishacks.locks.holder import LockedError, LockLostError
 from redishacks.locks.lock import AsyncLock, Lock
@@ -58,7 +49,7 @@ class _Several(Generic[H]):
     def __init__(self, parts: Sequence[H]) -> None:
         #: A handle for each lock, in the order of their names.
         self.parts: tuple[H, ...] = tuple(parts)
-        self._core = _core(parts[0])
+        self._core = parts[0].core
 
     def __repr__(self) -> str:
         names = ", ".join(part.name for part in self.parts)
@@ -91,12 +82,12 @@ def release_all_steps(parts: Sequence[Hold]) -> Steps[None]:
     if not ending:
         return
     try:
-        outcomes = yield from ask_all([_core(part).giving_back(part) for part in ending])
+        outcomes = yield from ask_all([part.core.giving_back(part) for part in ending])
     except GeneratorExit:
         raise  # nobody is there to go on: the leases end by themselves
     except BaseException:
         for part in ending:
-            _core(part).give_up(part)
+            part.core.give_up(part)
         raise
     losses = []
     for part, outcome in zip(ending, outcomes, strict=True):
@@ -107,12 +98,8 @@ def release_all_steps(parts: Sequence[Hold]) -> Steps[None]:
         raise losses[0]
 
 
-def _core(part: Hold) -> Core[Any]:
-    return part._core
-
-
 def _lost(part: Hold, outcome: Outcome[int]) -> Steps[bool]:
-    core = _core(part)
+    core = part.core
     if isinstance(outcome.error, MaybeAppliedError):
         return (yield from core.release_again(part)) or part.was_lost
     if isinstance(outcome.error, UnavailableError):
