@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import inspect
 import threading
-from collections.abc import Callable
-from types import TracebackType
 from typing import Any
 
 from redishacks._command import Command
@@ -21,8 +18,8 @@ from redishacks._transport import (
     connect_async,
 )
 from redishacks._units import Seconds
-from redishacks.errors import UsageError
-from redishacks.locks._core import UNSET, Core
+from redishacks.locks._context import UNSET, AsyncEntering, Entering, this_task
+from redishacks.locks._core import Core
 from redishacks.locks._hold import Hold
 from redishacks.locks._station import AsyncStation, Station, async_station, station
 from redishacks.locks._transaction import async_node_client, node_client
@@ -30,7 +27,7 @@ from redishacks.locks.held import AsyncHeld, Held
 from redishacks.locks.holder import Holder
 
 
-class SyncCore(Core[SyncTransport]):
+class SyncCore(Entering[Held], Core[SyncTransport]):
     """A lock of any kind, for threads and greenlets."""
 
     def _connect(self, client: Any, on_command: Hook | None) -> SyncTransport | Observed:
@@ -51,10 +48,6 @@ class SyncCore(Core[SyncTransport]):
 
     def _post(self, hold: Hold, command: Command[int]) -> None:
         """Nothing goes behind what was sent: its connection is closed."""
-
-    def wrapped(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """Return a function that holds the lock while it runs."""
-        return wrapped(self, function)
 
     def acquire(self, *, wait: Seconds | None = UNSET, ttl: Seconds | None = None) -> Held:
         """Get the lock, or raise `LockedError`; `wait` and `ttl` replace the lock's own this time.
@@ -97,19 +90,8 @@ class SyncCore(Core[SyncTransport]):
         """
         return drive(self.force_steps(), self.transport, self.deadline)
 
-    def __enter__(self) -> Held:
-        return self.entered.push(threading.current_thread(), self.acquire())
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.entered.pop(threading.current_thread()).__exit__(kind, error, trace)
-
-
-class AsyncCore(Core[AsyncTransport]):
+class AsyncCore(AsyncEntering[AsyncHeld], Core[AsyncTransport]):
     """A lock of any kind, for asyncio."""
 
     def _connect(self, client: Any, on_command: Hook | None) -> AsyncTransport | AsyncObserved:
@@ -137,10 +119,6 @@ class AsyncCore(Core[AsyncTransport]):
                     hold.station.left(hold.token)
 
             future.add_done_callback(heard)
-
-    def wrapped(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """Return a function that holds the lock while it runs."""
-        return async_wrapped(self, function)
 
     async def acquire(
         self, *, wait: Seconds | None = UNSET, ttl: Seconds | None = None
@@ -176,56 +154,3 @@ class AsyncCore(Core[AsyncTransport]):
     async def force_release(self) -> bool:
         """Take the lock away from whoever holds it, as the sync one does."""
         return await drive_async(self.force_steps(), self.transport, self.deadline)
-
-    async def __aenter__(self) -> AsyncHeld:
-        return self.entered.push(this_task(), await self.acquire())
-
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        held: AsyncHeld = self.entered.pop(this_task())
-        await held.__aexit__(kind, error, trace)
-
-
-def this_task() -> asyncio.Task[Any] | None:
-    """Return the running task; None in a child that was forked inside of a loop."""
-    try:
-        return asyncio.current_task()
-    except RuntimeError:
-        return None
-
-
-# Decorators
-
-
-def wrapped(lock: Any, function: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a function that holds something while it runs; raises `UsageError`."""
-    if _is_async(function):
-        raise UsageError(f"{function!r} is async: use Async{type(lock).__name__} for it")
-
-    def locked(*args: Any, **kwargs: Any) -> Any:
-        with lock.acquire():
-            return function(*args, **kwargs)
-
-    return locked
-
-
-def async_wrapped(lock: Any, function: Callable[..., Any]) -> Callable[..., Any]:
-    """The same for async functions."""
-    if not _is_async(function):
-        name = type(lock).__name__.removeprefix("Async")
-        raise UsageError(f"{function!r} is not async: use {name} for it")
-
-    async def locked(*args: Any, **kwargs: Any) -> Any:
-        async with await lock.acquire():
-            return await function(*args, **kwargs)
-
-    return locked
-
-
-def _is_async(function: Callable[..., Any]) -> bool:
-    call = getattr(function, "__call__", None)  # noqa: B004 - an object may have an async one
-    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(call)

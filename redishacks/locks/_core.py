@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import inspect
 import logging
 import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any, Generic, NoReturn, Protocol, TypedDict, TypeVar, cast
+from typing import Any, Generic, NoReturn, TypedDict, TypeVar, cast
 
 from redishacks._command import Call, Command, Sleep, Steps, ask, ask_all
 from redishacks._slots import key_slot
@@ -25,8 +24,9 @@ from redishacks.errors import (
     UsageError,
 )
 from redishacks.locks._clock import clock
+from redishacks.locks._context import UNSET, Entered
 from redishacks.locks._here import here
-from redishacks.locks._hold import Entered, Hold, extend_all_steps
+from redishacks.locks._hold import Hold, extend_all_steps
 from redishacks.locks._keeper import Renewal
 from redishacks.locks._station import AnyStation
 from redishacks.locks.commands import MINE, Kind, Names, answer, holders, micros
@@ -61,20 +61,10 @@ AWAY = (UnavailableError, MaybeAppliedError)
 OnEvent = Callable[[str, str, float], object]
 
 E = TypeVar("E")
-F = TypeVar("F", bound=Callable[..., Any])
 H = TypeVar("H", bound="Hold")
 T = TypeVar("T", bound=SyncTransport | AsyncTransport)
 
 _log = logging.getLogger("redishacks")
-
-
-class _Unset:
-    def __repr__(self) -> str:
-        return "the lock's own"
-
-
-#: For an argument that was not given, where None means something.
-UNSET: Any = _Unset()
 
 
 class Options(TypedDict, total=False):
@@ -173,21 +163,8 @@ class Core(ABC, Generic[T]):
     def redis(self) -> tuple[Any, bool]:
         """Return a redis-py client for the server of the lock, and whether it is to be closed."""
 
-    @abstractmethod
-    def wrapped(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """Return a function that holds the lock while it runs."""
-
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.name}>"
-
-    def __call__(self, function: F) -> F:
-        """Decorate a function: it holds the lock while it runs, and raises `LockedError` as
-        `acquire` does.
-
-        Raises `UsageError` for a function of the other colour, and for a generator, which would
-        not run inside.
-        """
-        return decorated(self, function)
 
     # For handles
 
@@ -600,23 +577,6 @@ class _MovedError(UnavailableError):
 
 class _Forked(Exception):
     """This process was forked while its parent acquired a lock."""
-
-
-class Wrapping(Protocol):
-    """Something that a function may hold while it runs."""
-
-    def wrapped(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """Return a function that holds it while it runs."""
-
-
-def decorated(lock: Wrapping, function: F) -> F:
-    """Return a function that holds a lock while it runs; raises `UsageError`."""
-    if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
-        raise UsageError(f"{function!r} is a generator: hold the lock with `with` inside of it")
-    return cast("F", functools.wraps(function)(lock.wrapped(function)))
-
-
-# Values
 
 
 def _wait_for(bell: Any, seconds: float) -> Steps[Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Sequence
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from redishacks._command import Command, Steps, ask_all
 from redishacks._units import Seconds
@@ -22,8 +22,6 @@ if TYPE_CHECKING:
 _SKEW = 0.999
 #: Renewals of locks that came at about the same time go out together.
 _TOGETHER = 30
-
-E = TypeVar("E")
 
 
 class Hold:
@@ -267,31 +265,6 @@ class Hold:
         if not self._told:
             self._told = True
             self.core.lost(self)
-
-
-class Entered:
-    """What threads or tasks hold by `with lock`, whose exit gets no handle."""
-
-    def __init__(self) -> None:
-        self._holds: dict[Hashable, list[Any]] = {}
-
-    def push(self, owner: Hashable, held: E) -> E:
-        """Take note of a `with` that begins; return what it holds."""
-        self._holds.setdefault(owner, []).append(held)
-        return held
-
-    def pop(self, owner: Hashable) -> Any:
-        """Return what the `with` holds that ends: the last that began here, or else anywhere.
-
-        A generator may be closed by another thread or task than the one that began it.
-        """
-        if owner not in self._holds:
-            owner = next(reversed(self._holds))
-        holds = self._holds[owner]
-        held = holds.pop()
-        if not holds:
-            del self._holds[owner]
-        return held
 
 
 def extend_all_steps(holds: Sequence[Hold], ttl: Seconds | None) -> Steps[None]:

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from types import TracebackType
-
 from redishacks._drive import drive, drive_async
 from redishacks._units import Seconds
-from redishacks.errors import RedisHacksError
+from redishacks.locks._context import AsyncReleasing, Releasing
 from redishacks.locks._hold import Hold
 from redishacks.locks._transaction import AsyncTransaction, Transaction
-from redishacks.locks.holder import LockLostError
 
 
-class Held(Hold):
+class Held(Hold, Releasing):
     """A lock that is held; a context manager that releases it."""
 
     def extend(self, ttl: Seconds | None = None) -> None:
@@ -54,22 +51,8 @@ class Held(Hold):
         client, own = self._redis()
         return Transaction((self,), client, own=own)
 
-    def __enter__(self) -> Held:
-        return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        try:
-            self.release()
-        except RedisHacksError as trouble:
-            noted(error, trouble)
-
-
-class AsyncHeld(Hold):
+class AsyncHeld(Hold, AsyncReleasing):
     """`Held` for asyncio."""
 
     async def extend(self, ttl: Seconds | None = None) -> None:
@@ -95,25 +78,3 @@ class AsyncHeld(Hold):
         """Return an async context manager that takes commands, as `Held.transaction`."""
         client, own = self._redis()
         return AsyncTransaction((self,), client, own=own)
-
-    async def __aenter__(self) -> AsyncHeld:
-        return self
-
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        try:
-            await self.release()
-        except RedisHacksError as trouble:
-            noted(error, trouble)
-
-
-def noted(error: BaseException | None, trouble: RedisHacksError) -> None:
-    """Raise what went wrong, or attach it to the body's own exception, which always wins."""
-    if error is None:
-        raise trouble
-    if not isinstance(error, LockLostError):
-        error.add_note(str(trouble))

@@ -16,23 +16,27 @@ from __future__ import annotations
 
 import contextlib
 import math
-import threading
-from abc import abstractmethod
-from collections.abc import Callable, Sequence
-from types import TracebackType
+from collections.abc import Sequence
 from typing import Any, Generic, TypeVar, Unpack, cast
 
 from redishacks._command import Outcome, Steps, ask_all
 from redishacks._drive import drive, drive_async
 from redishacks._units import Seconds
-from redishacks.errors import MaybeAppliedError, RedisHacksError, UnavailableError, UsageError
+from redishacks.errors import MaybeAppliedError, UnavailableError, UsageError
 from redishacks.locks._clock import clock
-from redishacks.locks._colours import async_wrapped, this_task, wrapped
-from redishacks.locks._core import UNSET, F, Options, decorated
-from redishacks.locks._hold import Entered, Hold, extend_all_steps
+from redishacks.locks._context import (
+    UNSET,
+    AsyncEntering,
+    AsyncReleasing,
+    Entered,
+    Entering,
+    Releasing,
+)
+from redishacks.locks._core import Options
+from redishacks.locks._hold import Hold, extend_all_steps
 from redishacks.locks._transaction import AsyncTransaction, Transaction
 from redishacks.locks.commands import Exclusive, micros
-from redishacks.locks.held import AsyncHeld, Held, noted
+from redishacks.locks.held import AsyncHeld, Held
 from redishacks.locks.holder import LockedError, LockLostError
 from redishacks.locks.lock import AsyncLock, Lock
 
@@ -108,7 +112,7 @@ def _lost(part: Hold, outcome: Outcome[int]) -> Steps[bool]:
     return outcome.result() != 1 or part.was_lost
 
 
-class MultiHeld(_Several[Held]):
+class MultiHeld(_Several[Held], Releasing):
     """Several locks that are held; a context manager that releases them."""
 
     def extend(self, ttl: Seconds | None = None) -> None:
@@ -124,22 +128,8 @@ class MultiHeld(_Several[Held]):
         client, own = self._core.redis()
         return Transaction(self.parts, client, own=own)
 
-    def __enter__(self) -> MultiHeld:
-        return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        try:
-            self.release()
-        except RedisHacksError as trouble:
-            noted(error, trouble)
-
-
-class AsyncMultiHeld(_Several[AsyncHeld]):
+class AsyncMultiHeld(_Several[AsyncHeld], AsyncReleasing):
     """`MultiHeld` for asyncio."""
 
     async def extend(self, ttl: Seconds | None = None) -> None:
@@ -155,20 +145,6 @@ class AsyncMultiHeld(_Several[AsyncHeld]):
         """Return what carries out commands only while all are held, as `Held.transaction`."""
         client, own = self._core.redis()
         return AsyncTransaction(self.parts, client, own=own)
-
-    async def __aenter__(self) -> AsyncMultiHeld:
-        return self
-
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        try:
-            await self.release()
-        except RedisHacksError as trouble:
-            noted(error, trouble)
 
 
 # What is acquired
@@ -200,18 +176,10 @@ class _Multi(Generic[L]):
         ]
         if len({lock.renewal.slot for lock in self.locks}) > 1:
             raise UsageError("on a cluster a MultiLock needs a tag, which puts all on one node")
-        self._entered = Entered()
+        self.entered = Entered()
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {', '.join(lock.name for lock in self.locks)}>"
-
-    def __call__(self, function: F) -> F:
-        """Decorate a function: it holds all locks while it runs."""
-        return decorated(self, function)
-
-    @abstractmethod
-    def wrapped(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """Return a function that holds all locks while it runs."""
 
     def acquire_steps(self, kind: type[H], wait: Any, ttl: Seconds | None) -> Steps[list[H]]:
         """Get all locks, now or within the wait; raises `LockedError`."""
@@ -287,7 +255,7 @@ class _Multi(Generic[L]):
             lock.give_up(hold)
 
 
-class MultiLock(_Multi[Lock]):
+class MultiLock(_Multi[Lock], Entering[MultiHeld]):
     """Several locks at once, all or none; all other arguments are those of `Lock`."""
 
     _kind = Lock
@@ -297,23 +265,8 @@ class MultiLock(_Multi[Lock]):
         lock = self.locks[0]
         return MultiHeld(drive(self.acquire_steps(Held, wait, ttl), lock.transport, lock.deadline))
 
-    def wrapped(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """Return a function that holds all locks while it runs."""
-        return wrapped(self, function)
 
-    def __enter__(self) -> MultiHeld:
-        return self._entered.push(threading.current_thread(), self.acquire())
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._entered.pop(threading.current_thread()).__exit__(kind, error, trace)
-
-
-class AsyncMultiLock(_Multi[AsyncLock]):
+class AsyncMultiLock(_Multi[AsyncLock], AsyncEntering[AsyncMultiHeld]):
     """`MultiLock` for asyncio: takes `redis.asyncio` twins of its clients, or a URL."""
 
     _kind = AsyncLock
@@ -324,18 +277,3 @@ class AsyncMultiLock(_Multi[AsyncLock]):
         """Get all locks, or raise `LockedError` with one that somebody has, as `Lock.acquire`."""
         lock, steps = self.locks[0], self.acquire_steps(AsyncHeld, wait, ttl)
         return AsyncMultiHeld(await drive_async(steps, lock.transport, lock.deadline))
-
-    def wrapped(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """Return a function that holds all locks while it runs."""
-        return async_wrapped(self, function)
-
-    async def __aenter__(self) -> AsyncMultiHeld:
-        return self._entered.push(this_task(), await self.acquire())
-
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        await self._entered.pop(this_task()).__aexit__(kind, error, trace)
