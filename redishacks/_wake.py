@@ -15,6 +15,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
+import weakref
 from abc import ABC, abstractmethod
 from collections import deque
 from typing import Any, Generic, NamedTuple, TypeVar
@@ -104,7 +105,8 @@ class _Wakeups(ABC, Generic[T, B, L]):
         #: Tells this process from others, in the names of channels.
         self.name = name
         self._transport: T = transport
-        self._bells: dict[bytes, B] = {}
+        #: One whose waiter is garbage rings no more.
+        self._bells: weakref.WeakValueDictionary[bytes, B] = weakref.WeakValueDictionary()
         self._listeners: dict[str, L] = {}
         #: Servers before Redis 7 have no channels that belong to a slot.
         self._sharded = transport.clustered
@@ -174,12 +176,14 @@ class _Wakeups(ABC, Generic[T, B, L]):
 
     def missed(self) -> None:
         """Ring all bells."""
-        for bell in list(self._bells.values()):
-            bell.ring(0)
+        for ref in self._bells.valuerefs():
+            bell = ref()
+            if bell is not None:
+                bell.ring(0)
 
-    def present(self) -> bool:
-        """Return whether anybody waits."""
-        return bool(self._bells)
+    def waiting(self) -> int:
+        """Return how many wait."""
+        return len(self._bells)
 
 
 class Wakeups(_Wakeups[SyncTransport, Bell, Listener]):

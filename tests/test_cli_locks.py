@@ -690,7 +690,7 @@ def test_help() -> None:
         assert word in shown
         page = CliRunner().invoke(commands, ["locks", word, "--help"]).stdout
         options = ["--redis URL", "--prefix", "--kind [lock|semaphore|rwlock]", "--json"]
-        options += ["[PREFIX]"] if word == "list" else ["--tag", "NAME"]
+        options += ["[BEGIN]"] if word == "list" else ["--tag", "NAME"]
         options += ["--force"] if word == "release" else []
         for part in (*options, "REDISHACKS_REDIS_URL", "  0 ", "  2 ", "  75 "):
             assert part in page

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import copy
 import datetime as dt
 import functools
@@ -28,14 +29,16 @@ import redis
 import redis.asyncio
 
 from redishacks._slots import key_slot
-from redishacks.errors import RedisHacksError, ServerError, UsageError
+from redishacks.errors import RedisHacksError, ServerError, UnavailableError, UsageError
 from redishacks.locks import (
     AsyncLock,
     Holder,
     Lock,
     LockedError,
     LockLostError,
+    MultiLock,
     SelfDeadlockError,
+    Semaphore,
     _keeper,
 )
 from redishacks.testing import FaultProxy, Server
@@ -451,7 +454,7 @@ def test_holders(world: World, ann: Person) -> None:
 def test_a_plain_holder_without_a_label(world: World, ann: Person, bob: Person) -> None:
     """Without a label the refusal names process, host and thread; the lease is ten seconds."""
     ann.does(world.lock().acquire)
-    with pytest.raises(LockedError, match=r"held by process \d+ on \S+, ann_0, for ") as caught:
+    with pytest.raises(LockedError, match=r"held by process \d+ on \S+, ann_0; until ") as caught:
         bob.does(world.lock().acquire)
     assert 5 < caught.value.remaining <= 10
 
@@ -853,7 +856,7 @@ def test_passing_it_on_to_another_process(world: World, ann: Person, remote: Any
 @pytest.mark.parametrize("token", ["", "two words", "-", "a\nb", None, 5, b"abc"])
 def test_adopting_what_is_no_token(world: World, ann: Person, token: Any) -> None:
     """A token is what a handle says it is."""
-    with pytest.raises(UsageError, match=r"a token is what `held\.token` is"):
+    with pytest.raises(UsageError, match=r"a token is what `held\.token` of such a lock is"):
         ann.does(world.lock().adopt, token)
 
 
@@ -2049,9 +2052,18 @@ def test_what_a_transaction_takes(world: World, ann: Person) -> None:
     with pytest.raises(TypeError):
         ann.does(world.within, held.transaction(), lambda pipe: pipe.set(key))
     world.raw.rpush(key, "a list")
-    with pytest.raises(redis.ResponseError):
+    with pytest.raises(ServerError, match="a transaction of lock"):
         ann.does(world.within, held.transaction(), lambda pipe: pipe.incr(key))
     held.check()
+    outside = held.transaction()
+    with pytest.raises(UsageError, match="inside of its `with`"):
+        outside.incr(key)
+    ann.does(world.within, outside, lambda pipe: pipe.rpush(key, "once"))
+    with pytest.raises(UsageError, match="inside of its `with`"):
+        outside.incr(key)
+    with pytest.raises(UsageError, match="for one `with`"):
+        ann.does(world.within, outside, lambda pipe: pipe.rpush(key, "twice"))
+    assert world.raw.lrange(key, 0, -1) == ["a list", "once"]
 
 
 @pytest.mark.parametrize("way", ["client", "url"])
@@ -2259,7 +2271,7 @@ NAN = math.nan
         ({"max_hold": 0, "renew": True}, "max_hold must be a positive number"),
         ({"max_hold": NAN, "renew": True}, "max_hold must be a positive number"),
         *(
-            ({"replicas": replicas}, "replicas is how many must have the lock, 0 or more, not ")
+            ({"replicas": replicas}, "replicas is how many must have the lock, 0 to 999, not ")
             for replicas in (-1, 1.5, True, "1", None)
         ),
         *(
@@ -2381,3 +2393,141 @@ def test_redis_6_2(flavour: str, redis62: Server, prefix: str) -> None:
             bob.does(theirs.release)
     finally:
         world.close()
+
+
+# What is said, and what is refused
+
+
+@pytest.mark.parametrize("before", [False, True], ids=["new", "has waited"])
+def test_redis_away_is_told_at_once(
+    flavour: str, valkey: Server, proxy: FaultProxy, prefix: str, before: bool
+) -> None:
+    """Whoever would wait hears soon that nobody is there, whatever the process did before."""
+    world = World(flavour, proxy.url, prefix)
+    try:
+        world.raw.close()
+        ann, bob = world.people(2)
+        if before:  # its wake-up connection is there
+            held = bob.does(world.lock().acquire)
+            turn = ann.begins(world.lock(wait=LONG).acquire)
+            world.waiting(1)
+            bob.does(held.release)
+            ann.does(turn.result(LONG).release)
+        proxy.refuse()
+        proxy.cut()
+        began = time.monotonic()
+        with pytest.raises(UnavailableError):
+            ann.does(world.lock().acquire, wait=LONG)
+        assert time.monotonic() - began < LONG / 4
+    finally:
+        proxy.accept()
+        world.close()
+
+
+def test_names_are_told_as_they_were_given(world: World, ann: Person, bob: Person) -> None:
+    """However they are written in keys."""
+    for name in ("50%", "{x}", "a\nb", "é"):
+        lock = world.lock(name)
+        held = ann.does(lock.acquire)
+        assert held.name == lock.name == name
+        with pytest.raises(LockedError) as caught:
+            bob.does(lock.acquire)
+        assert caught.value.name == name
+        ann.does(held.release)
+
+
+def test_what_was_released_is_not_entered(world: World, ann: Person) -> None:
+    """A `with` of a handle that holds nothing says so before its body runs."""
+    held = ann.does(world.lock().acquire)
+    ann.does(held.release)
+    with pytest.raises(LockLostError, match="it was released"):
+        ann.does(world.within, held, lambda _: pytest.fail("the body ran"))
+
+
+def test_max_hold_is_named_when_it_is_over(world: World, ann: Person) -> None:
+    """And no renewal is asked for again and again shortly before."""
+    told: list[str] = []
+    lock = world.lock(
+        ttl=0.4, renew=True, max_hold=0.7, on_command=lambda name, *_: told.append(name)
+    )
+    held = ann.does(lock.acquire)
+    eventually(lambda: held.lost)
+    with pytest.raises(LockLostError, match=r"its max_hold of 0\.7 s is over"):
+        held.check()
+    with pytest.raises(LockLostError):
+        ann.does(held.release)
+    assert told.count("lock_extend") <= 4
+
+
+def test_a_generator_that_another_thread_ends(valkey: Server, prefix: str) -> None:
+    """A `with lock` in it gives back its own acquisition, and nobody else's."""
+    permits = Semaphore(valkey.url, "permits", 5, prefix=prefix)
+
+    def generator() -> Iterator[None]:
+        with permits:
+            yield
+
+    def ends(some: Iterator[None]) -> None:
+        with pytest.raises(StopIteration):
+            next(some)
+
+    first = generator()
+    next(first)
+    with permits as mine:
+        with ThreadPoolExecutor(1) as pool:
+            other = generator()
+            pool.submit(next, other).result(LONG)
+            pool.submit(ends, first).result(LONG)
+            assert len(permits.holders()) == 2
+            mine.check()
+            ends(other)
+        assert len(permits.holders()) == 1
+        mine.check()
+    assert not permits.holders()
+
+
+def test_stacks_of_contexts(valkey: Server, prefix: str) -> None:
+    """An `ExitStack` gives back what it has, in its own thread."""
+    permits = Semaphore(valkey.url, "permits", 5, prefix=prefix)
+    with contextlib.ExitStack() as stack, ThreadPoolExecutor(1) as pool:
+        ours = stack.enter_context(permits)
+        theirs = contextlib.ExitStack()
+        pool.submit(theirs.enter_context, permits).result(LONG)
+        with permits as third:
+            pool.submit(theirs.close).result(LONG)
+            ours.check()
+            third.check()
+            assert len(permits.holders()) == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"renew": "no"}, "renew is True or False"),
+        ({"reentrant": "yes"}, "reentrant is True or False"),
+        ({"fair": None}, "fair is True or False"),
+        ({"on_command": 5}, "on_command is a function"),
+        ({"replicas": 10**30}, "replicas is how many"),
+    ],
+)
+def test_options_of_another_type(valkey: Server, options: dict[str, Any], message: str) -> None:
+    """They are refused where the lock is made."""
+    with pytest.raises(UsageError, match=message):
+        Lock(valkey.url, "k", **options)
+
+
+def test_what_is_decorated_is_a_function(valkey: Server) -> None:
+    """Anything else is refused at once."""
+    not_callable: Any = 5
+    with pytest.raises(UsageError, match="decorates a function"):
+        Lock(valkey.url, "k")(not_callable)
+
+
+def test_several_by_a_generator(valkey: Server, prefix: str) -> None:
+    """Names may come from anything that has some."""
+    with MultiLock(valkey.url, (name for name in "ba"), prefix=prefix) as held:
+        assert sorted(held.fences) == ["a", "b"]
+        assert not held.lost
+    for wrong in ("ab", [], iter(()), 5, [5]):
+        with pytest.raises(UsageError, match="a list of one name or more"):
+            MultiLock(valkey.url, wrong)  # type: ignore[arg-type]

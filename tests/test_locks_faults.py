@@ -29,10 +29,19 @@ import redis
 import redis.asyncio
 from redis.exceptions import LockNotOwnedError
 
+from redishacks._command import Command, script
 from redishacks._slots import key_slot
 from redishacks._transport import AsyncTransport, SyncTransport, _listener, connect
 from redishacks.errors import ServerError, UnavailableError
-from redishacks.locks import AsyncLock, Lock, LockedError, LockLostError, _core
+from redishacks.locks import (
+    AsyncLock,
+    AsyncMultiLock,
+    Lock,
+    LockedError,
+    LockLostError,
+    MultiLock,
+    _core,
+)
 from redishacks.testing import (
     Cluster,
     FaultProxy,
@@ -654,7 +663,7 @@ def test_a_cancel_at_any_point_leaves_nothing(
             tasks = [asyncio.create_task(chance.use(lock)) for lock in locks]
             ended += sum(await asyncio.gather(*map(chance.cancel, tasks)))
             await asyncio.to_thread(look.nothing_left, 5)
-            assert not locks[0]._station().wakeups.present()
+            assert not locks[0]._station().wakeups.waiting()
         for task in cutting:
             task.cancel()
 
@@ -1677,3 +1686,284 @@ def test_one_lock_for_a_parent_and_its_children(valkey: Server, look: Look, pref
         look.nothing_left()
     finally:
         end(process)
+
+
+# Extensions that nobody has heard of
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["once", "extended again"])
+def test_a_shorter_lease_that_nobody_heard_of(
+    world: World, valkey: Server, proxy: FaultProxy, again: bool
+) -> None:
+    """The holder counts on no more than the shorter one, whatever it asks for next; so no two
+    believe that they have the lock.
+    """
+    lock = world.lock(proxy.url, deadline=0.3)
+    held = world.do(lock.acquire)
+    proxy.drop_reply(of="EVALSHA", cut=False)
+    proxy.drop_reply(2, of="EVALSHA", cut=False)
+    with pytest.raises(UnavailableError):
+        world.do(held.extend, 1.5)
+    proxy.heal()
+    assert held.remaining <= 1.5
+    if again:
+        world.do(held.extend, LEASE)
+        assert held.remaining <= 1.5
+    other = world.lock(valkey.url)
+    eventually(lambda: held.lost)
+    if not again:
+        world.do(world.do(other.acquire, wait=LONG).release)
+
+
+def test_a_shorter_lease_of_several(world: World, proxy: FaultProxy) -> None:
+    """An error about one lock keeps none of the others from counting right."""
+    kind: Any = AsyncMultiLock if world.flavour == "async" else MultiLock
+    several = kind(proxy.url, ["a", "b", "c"], prefix=world.prefix, ttl=LEASE)
+    held = world.do(several.acquire)
+    world.do(several.locks[1].force_release)
+    with pytest.raises(LockLostError):
+        world.do(held.extend, 0.2)
+    assert held.lost
+    assert held.parts[0].remaining <= 0.2
+    assert held.parts[2].remaining <= 0.2
+    with pytest.raises(LockLostError):
+        world.do(held.release)
+
+
+def test_an_extension_that_is_cancelled(prefix: str, valkey: Server, proxy: FaultProxy) -> None:
+    """A cancellation leaves the holder with what is sure."""
+
+    async def run() -> None:
+        lock = AsyncLock(proxy.url, "k", prefix=prefix, ttl=LEASE)
+        held = await lock.acquire()
+        proxy.stall()
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.1):
+                await held.extend(0.5)
+        assert held.remaining <= 0.5
+        proxy.resume()
+        eventually(lambda: held.lost)
+        with pytest.raises(LockLostError):
+            await held.release()
+
+    asyncio.run(run())
+
+
+def test_late_copies_cut_no_lease_short(
+    world: World, look: Look, valkey: Server, proxy: FaultProxy
+) -> None:
+    """Neither one of the question nor one of a renewal, though the lease was extended since."""
+    lock = world.lock(proxy.url, ttl=1)
+    said = Recorder(lock)
+    held = world.do(lock.acquire)
+    world.do(held.extend, LEASE)
+    assert replayed(valkey, said.asked[0]) == 1
+    assert look.raw.pttl(f"{world.prefix}:l1:{{k}}:lock") > 0
+    (holder,) = world.do(lock.holders)
+    assert holder.remaining > LEASE - LONG
+    renewal: Command[Any] = Command(
+        (held.token, "1000000"), (held.key,), script=script("lock_extend")
+    )
+    assert connect(valkey.url).call(renewal, 5.0) == []
+    (holder,) = world.do(lock.holders)
+    assert holder.remaining > LEASE - LONG
+    world.do(held.release)
+
+
+def test_a_late_copy_of_several(
+    world: World, look: Look, valkey: Server, proxy: FaultProxy, short_grace: float
+) -> None:
+    """Locks that were taken together, after a first try in doubt, are left by it in the end."""
+    kind: Any = AsyncMultiLock if world.flavour == "async" else MultiLock
+    several = kind(proxy.url, ["a", "b"], prefix=world.prefix, ttl=LEASE, deadline=0.3)
+    said: list[Any] = []
+    first = several.locks[0].kind
+    acquire_all = first.acquire_all
+
+    def noted(*args: Any) -> Any:
+        said.append(acquire_all(*args))
+        return said[-1]
+
+    first.acquire_all = noted
+    world.do(several.locks[0].holders)
+    proxy.drop_request(of="EVALSHA", cut=False)
+    world.do(world.do(several.acquire).release)
+    for name in ("a", "b"):
+        Rival(world, valkey.url, name).release()
+    assert len(said) == 2
+    replayed(valkey, said[0])
+    look.nothing_left()
+
+
+# Descriptors, signals and hooks
+
+
+def test_the_listener_pauses_while_nobody_lets_it_in(
+    world: World, valkey: Server, proxy: FaultProxy
+) -> None:
+    """While new connections are refused it costs no processor time, and it recovers."""
+    lock = world.lock(proxy.url)
+    world.do(lock.holders)
+    rival = Rival(world, valkey.url)
+    proxy.refuse()
+    with pytest.raises((UnavailableError, LockedError)):
+        world.do(lock.acquire, wait=1.2)
+    before = time.process_time()
+    time.sleep(1)
+    assert time.process_time() - before < 0.5
+    proxy.accept()
+    turn = world.begin(lock.acquire, wait=LONG)
+    eventually(lambda: turn.done() or wakers_of(valkey, world.prefix), LONG)
+    rival.release()
+    world.do(turn.result(LONG).release)
+
+
+def wakers_of(server: Server, prefix: str) -> int:
+    """Count the channels that somebody hears."""
+    with server.client() as raw:
+        return len(raw.pubsub_channels(f"{prefix}:*"))
+
+
+@pytest.mark.parametrize("trouble", ["many", "none"])
+def test_descriptors(valkey: Server, proxy: FaultProxy, prefix: str, trouble: str) -> None:
+    """With thousands of them open, or after a time with none left, waiters are woken again when
+    the connection for that could not be made at first.
+    """
+    code = """
+        import os, resource, sys, threading
+        from redishacks.errors import UnavailableError
+        from redishacks.locks import Lock, LockedError
+        url, direct, prefix, trouble = sys.argv[1:]
+        most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        def room(files):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (files, most))
+        room(min(3000, most))
+        lock = Lock(url, "k", prefix=prefix, ttl=60)
+        with lock:
+            pass
+        rival = []
+        holder = Lock(direct, "k", prefix=prefix, ttl=60)
+        thread = threading.Thread(target=lambda: rival.append(holder.acquire()))
+        thread.start()
+        thread.join()
+        files = []
+        if trouble == "none":
+            room(len(os.listdir("/proc/self/fd")) + 4)
+            try:
+                while True:
+                    files.append(os.open("/dev/null", os.O_RDONLY))
+            except OSError:
+                pass
+            os.close(files.pop()), os.close(files.pop())
+        else:
+            files = [os.open("/dev/null", os.O_RDONLY) for _ in range(1100)]
+        print("ready", flush=True)
+        sys.stdin.readline()
+        try:
+            lock.acquire(wait=0.5)
+        except (UnavailableError, LockedError) as error:
+            print("refused", flush=True)
+        if trouble == "none":
+            for file in files:
+                os.close(file)
+            room(min(3000, most))
+        sys.stdin.readline()
+        threading.Timer(0.5, rival[0].release).start()
+        lock.acquire(wait=15).release()
+        print("woken", flush=True)
+    """
+    running = program(code, proxy.url, valkey.url, prefix, trouble)
+    try:
+        assert said(running) == "ready"
+        if trouble == "many":
+            proxy.refuse()
+        tell(running, "try")
+        assert said(running) == "refused"
+        proxy.accept()
+        tell(running, "again")
+        assert said(running) == "woken"
+    finally:
+        end(running)
+
+
+def test_a_signal_handler_that_takes_a_lock(valkey: Server, prefix: str) -> None:
+    """It may come at any moment, also while the main thread takes or renews one."""
+    code = """
+        import random, signal, sys, time
+        from redishacks.locks import Lock
+        url, prefix = sys.argv[1:]
+        one = Lock(url, "one", prefix=prefix, ttl=5, renew=True)
+        other = Lock(url, "other", prefix=prefix, ttl=5, renew=True)
+        busy = handled = 0
+        def handle(*_):
+            global busy, handled
+            if not busy:
+                busy = 1
+                with other:
+                    handled += 1
+                busy = 0
+        with one, other:
+            pass
+        signal.signal(signal.SIGALRM, handle)
+        end = time.monotonic() + 3
+        while time.monotonic() < end:
+            signal.setitimer(signal.ITIMER_REAL, random.uniform(1e-5, 4e-4))
+            with one:
+                pass
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        print("done", handled)
+    """
+    done = program(code, valkey.url, prefix)
+    shown, errors = done.communicate(timeout=60)
+    assert shown.startswith("done"), errors
+    assert int(shown.split()[1]) > 10
+
+
+@pytest.mark.parametrize("event", ["waited", "held"])
+def test_an_interrupt_in_a_hook(world: World, look: Look, valkey: Server, event: str) -> None:
+    """Whatever a hook raises, a lock that nobody has a handle of is given back."""
+
+    def hook(name: str, *_: Any) -> None:
+        if name == event:
+            raise Interrupt
+
+    lock = world.lock(valkey.url, wait=LONG, on_event=hook)
+    rival = Rival(world, valkey.url)
+    turn = world.begin(lock.acquire)
+    look.wait_for_line(1)
+    rival.release()
+    if event == "waited":
+        with pytest.raises(Interrupt):
+            turn.result(LONG)
+    else:
+        with pytest.raises(Interrupt):
+            world.do(turn.result(LONG).release)
+    look.nothing_left(5)
+
+
+class Interrupt(BaseException):
+    """Like Ctrl-C, though not for the loop."""
+
+
+def test_channels_of_names_that_are_waited_for_no_more(
+    world: World, monkeypatch: pytest.MonkeyPatch, nodes: Nodes
+) -> None:
+    """On a cluster a process goes on hearing of few names that nobody waits for any more."""
+    monkeypatch.setattr(_listener, "_MOST_CHANNELS", 3)
+    client = nodes.client(world)
+
+    def heard() -> int:
+        found = 0
+        for node in nodes.cluster.nodes:
+            with node.client() as raw:
+                found += len(raw.pubsub_shardchannels(f"{world.prefix}:*"))
+        return found
+
+    for n in range(20):
+        name = f"many{n}"
+        rival = Rival(world, client, name)
+        turn = world.begin(world.lock(client, name).acquire, wait=LONG)
+        eventually(lambda name=name: nodes.in_line(world, name) == 1, LONG)  # type: ignore[misc]
+        rival.release()
+        world.do(turn.result(LONG).release)
+    assert 1 <= heard() <= 4 * len(nodes.cluster.nodes)

@@ -354,6 +354,9 @@ class Model:
         if own < 0 or (ticket == MINE and not own):
             return [-2, now]
         taken = own > 0
+        known = about.get(who.token)
+        if taken and ticket != MINE and known is not None and own - now <= known.length:
+            ttl = max(ttl, own - now)  # a late copy cuts nothing short
         if now + ttl < own:
             self.warn(ttl, "")
         if not taken:
@@ -919,7 +922,7 @@ def test_so_many_at_once(world: World) -> None:
     assert 0 < first.fence < second.fence
     assert 8 < second.remaining <= 10
     refusal = fails(LockedError, eve, workers.acquire)
-    assert str(refusal).startswith("lock workers has all its 2 in use, for ")
+    assert str(refusal).startswith("lock workers has all its 2 in use; until ")
     assert (refusal.name, refusal.holder) == ("workers", None)
     assert 5 < refusal.remaining <= 10
     shown = eve.does(workers.holders)
@@ -1307,7 +1310,7 @@ def test_many_readers_or_one_writer(world: World) -> None:
     ann, bob, eve = world.people(3)
     reading = [ann.does(read.acquire), bob.does(read.acquire)]
     refusal = fails(LockedError, eve, write.acquire)
-    assert str(refusal).startswith("lock config is held by several, for ")
+    assert str(refusal).startswith("lock config is held by several; until ")
     assert refusal.holder is None
     fails(LockedError, eve, write.acquire, wait=0.05)
     assert len(eve.does(write.holders)) == 2

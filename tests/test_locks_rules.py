@@ -294,14 +294,16 @@ class Oracle:
             return [-1, now]
         if self.released == who.token:
             return [-2, now]
-        taken = Lease(who.token, now + ttl, ttl, info)
         if lease is not None and lease.token == who.token:
-            self.lease = taken
+            if ticket != MINE and lease.ends - now <= lease.length:
+                ttl = max(ttl, lease.ends - now)  # a late copy cuts nothing short
+            self.lease = taken = Lease(who.token, now + ttl, ttl, info)
             if self.crowd and taken.ends < lease.ends:
                 self.warn(ttl, None)
             return [1, now, self.fence]
         if ticket == MINE or (lease is not None and lease.info == who.token):
             return [-2, now]
+        taken = Lease(who.token, now + ttl, ttl, info)
         if lease is None or lease.ends <= now:
             if lease is not None:
                 self.lost = self.fence
@@ -617,6 +619,8 @@ def test_the_holder_may_ask_again(lock: Real) -> None:
     """The same token gets the same fence and a new lease, even a late one if nobody came."""
     _, _, fence = lock.acquire(HOLDER)
     assert lock.acquire(HOLDER, START + 1, "0", ttl=SECOND) == [1, START + 1, fence]
+    assert lock.acquire(OTHER, START + 1)[2] == TTL - 1, "a copy cuts nothing short"
+    assert lock.acquire(HOLDER, START + 1, MINE, ttl=SECOND) == [1, START + 1, fence]
     assert lock.acquire(OTHER, START + 1)[2] == SECOND
     assert lock.acquire(HOLDER, START + TTL, MINE) == [1, START + TTL, fence]
     now = START + 2 * TTL
@@ -761,6 +765,8 @@ def test_a_lease_that_is_cut_short_is_told(lock: Real) -> None:
     lock.acquire(HOLDER, START + 1, MINE, ttl=SECOND)
     assert ears.heard() == [("pA", f"w1 {SECOND}"), ("pB", f"w2 {SECOND}")]
     lock.acquire(HOLDER, START + 1, "0", ttl=SECOND - 1)
+    assert ears.heard() == [], "a copy of the question cuts nothing short"
+    lock.acquire(HOLDER, START + 1, MINE, ttl=SECOND - 1)
     assert ears.heard() == [("pA", f"w1 {SECOND - 1}"), ("pB", f"w2 {SECOND - 1}")]
     assert [entry[:2] for entry, _ in lock.waiting] == ["w1", "w2"]
 

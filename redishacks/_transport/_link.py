@@ -300,7 +300,10 @@ def open_link(settings: Settings, end: float, known: Callable[[Link], None]) -> 
     why = ""
     for left, (family, place) in zip(range(len(places), 0, -1), places, strict=True):
         process = os.getpid()
-        link = Link(family)
+        try:
+            link = Link(family)
+        except OSError as error:  # no more file descriptors
+            raise Unreachable(f"connecting: {reason(error)}") from None
         try:
             known(link)
             if os.getpid() != process:

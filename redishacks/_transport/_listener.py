@@ -46,16 +46,20 @@ class Audience(Protocol):
     def missed(self) -> None:
         """Hear that messages may have been missed; must not block."""
 
-    def present(self) -> bool:
-        """Return whether anybody waits for messages."""
+    def waiting(self) -> int:
+        """Return how many wait for messages."""
 
 
 #: Seconds between two questions whether the server is there, and for an answer.
 _ASK_EVERY, _ANSWER_IN = 5.0, 2.0
 #: Seconds between two tries to connect, at first and at most.
 _PAUSES = (0.02, 1.0)
+#: Seconds after which who waits for a subscription looks whether it was forgotten.
+_AGAIN = 0.1
 #: Seconds without anybody who listens until the connection is closed.
 _IDLE = 30.0
+#: Channels heard on a connection, or twice as many as there are waiters, if they are more.
+_MOST_CHANNELS = 1000
 #: A server that says so says it to everything, and not for long.
 _NOT_NOW = frozenset({"LOADING", "MASTERDOWN", "BUSY"})
 
@@ -84,9 +88,15 @@ class _Listener:
         return channel in self._on
 
     def _idle(self) -> bool:
-        if self._audience.present():
+        if self._audience.waiting():
             self._busy_at = monotonic()
         return monotonic() > self._busy_at + _IDLE
+
+    def _look_for_room(self) -> None:
+        """Begin anew, with those that are wanted now, when most of the channels are no more."""
+        if len(self._wanted) > max(_MOST_CHANNELS, 2 * self._audience.waiting()):
+            self._wanted.clear()
+            raise Lost("too many channels", written=False)
 
     def _answered(self, channel: bytes | None, reply: Any) -> None:
         """Take the answer to a subscription, or to a mere question."""
@@ -172,11 +182,21 @@ class Listener(_Listener):
             self._ring()
             while channel not in self._on:
                 self._check(channel, since, end)
-                self._news.wait(end - monotonic())
+                if channel not in self._wanted:  # all began anew
+                    self._wanted[channel] = sharded
+                    self._ring()
+                self._news.wait(min(end - monotonic(), _AGAIN))
 
     def _ring(self) -> None:
         with contextlib.suppress(BlockingIOError):  # it rings already
             self._bell[1].send(b"!")
+
+    def _rest(self, seconds: float) -> None:
+        """Pause, unless somebody rings."""
+        poll = select.poll()  # select() knows the first 1,024 descriptors only
+        poll.register(self._bell[0], select.POLLIN)
+        if poll.poll(seconds * 1000):
+            self._bell[0].recv(4096)
 
     def _staying(self) -> bool:
         with self._guard:
@@ -197,7 +217,7 @@ class Listener(_Listener):
                 link = self.node.connect(CONNECT_DEADLINE)
             except (Unreachable, Refused, RedisHacksError) as error:
                 self._why = str(error)
-                select.select([self._bell[0]], [], [], pause)
+                self._rest(pause)
                 pause = min(2 * pause, longest)
                 continue
             try:
@@ -205,7 +225,7 @@ class Listener(_Listener):
             except Lost as loss:
                 self._why = loss.why
                 if not self._on:
-                    select.select([self._bell[0]], [], [], pause)
+                    self._rest(pause)
                 pause = shortest if self._on else min(2 * pause, longest)
             except Exception:
                 _log.exception("hearing messages failed; it begins anew")
@@ -225,6 +245,7 @@ class Listener(_Listener):
         next_ask = monotonic() + _ASK_EVERY
         gap = True
         while self._staying():
+            self._look_for_room()
             now = monotonic()
             for channel, sharded in list(self._wanted.items()):
                 if channel not in known:
@@ -299,8 +320,11 @@ class AsyncListener(_Listener):
         async with self._news:
             while channel not in self._on:
                 self._check(channel, since, end)
+                if channel not in self._wanted:  # all began anew
+                    self._wanted[channel] = sharded
+                    self._bell.set()
                 with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout(end - monotonic()):
+                    async with asyncio.timeout(min(end - monotonic(), _AGAIN)):
                         await self._news.wait()
 
     def close(self) -> None:
@@ -345,6 +369,7 @@ class AsyncListener(_Listener):
         self._known = known = set()
         gap = True
         while not self._idle():
+            self._look_for_room()
             self._bell.clear()
             for channel, sharded in list(self._wanted.items()):
                 if channel not in known:

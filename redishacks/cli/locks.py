@@ -166,10 +166,10 @@ def locks() -> None:
 
 @locks.command("list", epilog=EXIT_CODES)
 @_of_locks
-@click.argument("begin", metavar="[PREFIX]", default="")
+@click.argument("begin", metavar="[BEGIN]", default="")
 @click.pass_context
 def list_(ctx: click.Context, at: _At, begin: str, as_json: bool) -> None:
-    """List the locks that are held; with PREFIX those whose names begin so.
+    """List the locks that are held; with BEGIN those whose names begin so.
 
     It shows who has it and for how long, how much is left of the lease, the fence, and how many
     wait. Of several holders: since the first, until the last, and the highest fence; --json has
@@ -296,7 +296,7 @@ def _cells(state: _State) -> tuple[str, ...]:
 
 def _who(holder: Holder) -> str:
     """Say who holds it; one to whom it was handed over has not said yet who it is."""
-    return show.printable(str(holder)) if holder.host else "the next in line, just now"
+    return show.printable(str(holder))
 
 
 def _duration(seconds: float) -> str:

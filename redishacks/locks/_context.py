@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import functools
 import inspect
+import sys
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable
-from types import TracebackType
-from typing import Any, Generic, Self, TypeVar, cast
+from types import FrameType, TracebackType
+from typing import Any, Generic, NamedTuple, Self, TypeVar, cast
 
 from redishacks._units import Seconds
 from redishacks.errors import RedisHacksError, UsageError
@@ -35,10 +36,15 @@ class Releasing(ABC):
     """What is held until the end of a `with`."""
 
     @abstractmethod
+    def check(self) -> None:
+        """Raise `LockLostError` unless it is held."""
+
+    @abstractmethod
     def release(self) -> None:
         """Give it back."""
 
     def __enter__(self) -> Self:
+        self.check()
         return self
 
     def __exit__(
@@ -57,10 +63,15 @@ class AsyncReleasing(ABC):
     """What is held until the end of an `async with`."""
 
     @abstractmethod
+    def check(self) -> None:
+        """Raise `LockLostError` unless it is held."""
+
+    @abstractmethod
     async def release(self) -> None:
         """Give it back."""
 
     async def __aenter__(self) -> Self:
+        self.check()
         return self
 
     async def __aexit__(
@@ -86,29 +97,41 @@ def _noted(error: BaseException | None, trouble: RedisHacksError) -> None:
 # What is acquired
 
 
+class _Entry(NamedTuple):
+    #: Of the frame that has the `with` in it, 0 when it cannot be told.
+    frame: int
+    owner: Hashable
+    held: Any
+
+
 class Entered:
-    """What threads or tasks hold by `with lock`, whose exit gets no handle."""
+    """What is held by `with lock`, whose exit gets no handle.
+
+    A `with` begins and ends in one frame; that of a generator, though, in any thread or task.
+    """
 
     def __init__(self) -> None:
-        self._holds: dict[Hashable, list[Any]] = {}
+        self._entries: list[_Entry] = []
 
-    def push(self, owner: Hashable, held: E) -> E:
+    def push(self, owner: Hashable, frame: int, held: E) -> E:
         """Take note of a `with` that begins; return what it holds."""
-        self._holds.setdefault(owner, []).append(held)
+        self._entries.append(_Entry(frame, owner, held))
         return held
 
-    def pop(self, owner: Hashable) -> Any:
-        """Return what the `with` holds that ends: the last that began here, or else anywhere.
+    def pop(self, owner: Hashable, frame: int) -> Any:
+        """Return what the `with` holds that ends."""
+        entries = self._entries[::-1]  # others come and go meanwhile
+        here = [entry for entry in entries if entry.frame == frame]
+        own = [entry for entry in entries if entry.owner == owner]
+        own_here = [entry for entry in here if entry.owner == owner]
+        entry = (own_here or here or own or entries)[0]
+        self._entries.remove(entry)
+        return entry.held
 
-        A generator may be closed by another thread or task than the one that began it.
-        """
-        if owner not in self._holds:
-            owner = next(reversed(self._holds))
-        holds = self._holds[owner]
-        held = holds.pop()
-        if not holds:
-            del self._holds[owner]
-        return held
+
+def _place(frame: FrameType) -> int:
+    """Name the frame of a `with`; an `ExitStack` begins and ends in frames of its own."""
+    return 0 if frame.f_globals.get("__name__") == "contextlib" else id(frame)
 
 
 class _Decorating(ABC):
@@ -122,6 +145,8 @@ class _Decorating(ABC):
         Raises `UsageError` for a function of the other colour, and for a generator, which would
         not run inside.
         """
+        if not callable(function):
+            raise UsageError(f"a lock decorates a function, not {function!r}")
         if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
             raise UsageError(f"{function!r} is a generator: hold the lock with `with` inside of it")
         return cast("F", functools.wraps(function)(self._wrapped(function)))
@@ -153,7 +178,8 @@ class Entering(_Decorating, Generic[R]):
         return locked
 
     def __enter__(self) -> R:
-        return self.entered.push(threading.current_thread(), self.acquire())
+        frame = _place(sys._getframe(1))
+        return self.entered.push(threading.current_thread(), frame, self.acquire())
 
     def __exit__(
         self,
@@ -161,7 +187,8 @@ class Entering(_Decorating, Generic[R]):
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self.entered.pop(threading.current_thread()).__exit__(kind, error, trace)
+        frame = _place(sys._getframe(1))
+        self.entered.pop(threading.current_thread(), frame).__exit__(kind, error, trace)
 
 
 class AsyncEntering(_Decorating, Generic[A]):
@@ -183,7 +210,8 @@ class AsyncEntering(_Decorating, Generic[A]):
         return locked
 
     async def __aenter__(self) -> A:
-        return self.entered.push(this_task(), await self.acquire())
+        frame = _place(sys._getframe(1))
+        return self.entered.push(this_task(), frame, await self.acquire())
 
     async def __aexit__(
         self,
@@ -191,7 +219,8 @@ class AsyncEntering(_Decorating, Generic[A]):
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        await self.entered.pop(this_task()).__aexit__(kind, error, trace)
+        frame = _place(sys._getframe(1))
+        await self.entered.pop(this_task(), frame).__aexit__(kind, error, trace)
 
 
 def this_task() -> asyncio.Task[Any] | None:

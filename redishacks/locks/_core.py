@@ -108,6 +108,9 @@ class Core(ABC, Generic[T]):
         on_command: Hook | None = None,
     ) -> None:
         self.name = names.name
+        for flag, what in ((renew, "renew"), (reentrant, "reentrant")):
+            if not isinstance(flag, bool):
+                raise UsageError(f"{what} is True or False, not {flag!r}")
         self.kind = kind
         self._names = names
         self.renew = renew
@@ -117,10 +120,8 @@ class Core(ABC, Generic[T]):
             raise UsageError("max_hold bounds the renewal of a lease: give renew=True, too")
         most = _MAX_HOLD if max_hold is None else seconds(max_hold, "max_hold")
         self._most = most if renew else math.inf
-        if isinstance(replicas, bool) or not isinstance(replicas, int) or replicas < 0:
-            raise UsageError(
-                f"replicas is how many must have the lock, 0 or more, not {replicas!r}"
-            )
+        if isinstance(replicas, bool) or not isinstance(replicas, int) or not 0 <= replicas < 1000:
+            raise UsageError(f"replicas is how many must have the lock, 0 to 999, not {replicas!r}")
         self._replicas = replicas
         self._reentrant = reentrant
         self._on_lost = _plain(on_lost, "on_lost")
@@ -129,9 +130,11 @@ class Core(ABC, Generic[T]):
         self.deadline = seconds(deadline, "deadline")
         #: What the server's clock shows when a command may last be carried out, less our own now.
         self._ahead = 0.0
+        #: Seconds after which nothing that was asked for is carried out any more.
+        self.late = self.deadline + _GRACE
         self.learn(int(time.time() * 1e6), clock())
         self._client = client
-        self.transport = self._connect(client, on_command)
+        self.transport = self._connect(client, _plain(on_command, "on_command"))
         bare = self.transport.bare
         self._bare: T = bare
         self.renewal = Renewal(kind.extend, key_slot(kind.key) if bare.clustered else 0, kind.key)
@@ -168,9 +171,12 @@ class Core(ABC, Generic[T]):
 
     # For handles
 
-    def released(self, hold: Hold) -> None:
+    def forget(self, hold: Hold) -> None:
         """Take note of a release."""
         here.remove((self._here, hold.owner), hold)
+
+    def tell_held(self, hold: Hold) -> None:
+        """Tell whoever wants to know for how long a lock was held."""
         if self._on_event is not None:
             self._tell("held", clock() - hold.began)
 
@@ -183,6 +189,14 @@ class Core(ABC, Generic[T]):
                 self._on_lost(hold)
             except Exception:
                 _log.exception("the on_lost callback of a lock failed")
+
+    def _waited(self, hold: Hold, seconds: float) -> None:
+        try:
+            self._tell("waited", seconds)
+        except BaseException:  # nobody has a handle yet
+            if hold.end():
+                self.give_up(hold)
+            raise
 
     def _tell(self, event: str, seconds: float) -> None:
         if self._on_event is not None:
@@ -233,7 +247,7 @@ class Core(ABC, Generic[T]):
         self.learn(first, now)
         if hold.bell is not None:
             hold.station.wakeups.leave(hold.token)
-            self._tell("waited", clock() - hold.began)
+            self._waited(hold, clock() - hold.began)
         return True
 
     def acquire_steps(self, hold: H, end: float, first: Any = None) -> Steps[H]:
@@ -252,7 +266,7 @@ class Core(ABC, Generic[T]):
                 first = None
         self.settle(hold)
         if self._on_event is not None and end > began:
-            self._tell("waited", clock() - began)
+            self._waited(hold, clock() - began)
         return hold
 
     def lease(self, ttl: Seconds) -> float:
@@ -273,17 +287,20 @@ class Core(ABC, Generic[T]):
 
     def learn(self, theirs: int, now: float) -> None:
         """Take note of the server's time, in µs, at that moment."""
-        self._ahead = theirs / 1e6 - now + self.deadline + _GRACE
+        self._ahead = theirs / 1e6 - now + self.late
 
     def adopt_steps(self, kind: type[H], token: str) -> Steps[H]:
         """Hold what another process has acquired; raises `LockLostError`."""
         if not isinstance(token, str) or not (token.isalnum() and token.startswith(self.kind.mark)):
-            raise UsageError(f"a token is what `held.token` is, not {token!r}")
+            raise UsageError(f"a token is what `held.token` of such a lock is, not {token!r}")
         owner = self._owner()
         hold = kind(self, self._station(), owner, self.ttl)
         hold.token = token
-        command = self.asking(hold, hold.begin_asking(), MINE)
-        state, _, *more = answer((yield from ask(command._replace(repeatable=True))))
+        state = -1
+        while state == -1:  # too late
+            command = self.asking(hold, hold.begin_asking(), MINE)
+            state, now, *more = answer((yield from ask(command._replace(repeatable=True))))
+            self.learn(now, clock())
         if state != 1:
             raise hold.loss()
         self.begin(hold, more[0])
@@ -314,8 +331,9 @@ class Core(ABC, Generic[T]):
                 yield from self._replicate(hold)
         except GeneratorExit:
             raise  # nobody is there to go on: the lease ends by itself
-        except BaseException:
-            if not hold.released and not hold.inherited:
+        except BaseException as error:
+            unsent = isinstance(error, UnavailableError) and not (hold.doubt or hold.ear)
+            if (hold.fence or not unsent) and not hold.released and not hold.inherited:
                 self.give_up(hold)
             raise
         finally:
@@ -326,7 +344,7 @@ class Core(ABC, Generic[T]):
         ticket, contended = "0" if hold.ear else "", False
         again = False
         while True:
-            state, _, *more = yield from self._asked(hold, ticket, end, first)
+            state, _, *more = yield from self._asked(hold, ticket, end, first, contended)
             first = None
             if hold.inherited:
                 raise _Forked
@@ -376,8 +394,10 @@ class Core(ABC, Generic[T]):
                 raise _MovedError(f"lock {self.name}: its slot moves: {error}") from error
             raise
 
-    def _asked(self, hold: Hold, ticket: str, end: float, first: Any) -> Steps[tuple[Any, ...]]:
-        """Ask, again when the reply was lost, and while waiting as long as Redis is away."""
+    def _asked(
+        self, hold: Hold, ticket: str, end: float, first: Any, waits: bool
+    ) -> Steps[tuple[Any, ...]]:
+        """Ask, again when the reply was lost; who `waits` by now, for as long as Redis is away."""
         began = clock()
         pause, longest = 0.0, _PAUSES[1]
         while True:
@@ -392,14 +412,15 @@ class Core(ABC, Generic[T]):
                 if hold.inherited:
                     raise _Forked from error
                 first = None
-                hold.doubt = True
+                maybe = isinstance(error, MaybeAppliedError)
+                hold.doubt = hold.doubt or maybe
                 now = clock()
                 # Who asks for the first time is told at once that nobody is there.
-                there = ticket != "" or isinstance(error, MaybeAppliedError)
-                longest_away = max(hold.ttl, self.deadline) if ticket else self.deadline
-                if not there or now >= began + longest_away or (ticket and now >= end):
+                longest_away = max(hold.ttl, self.deadline) if waits else self.deadline
+                over = now >= began + longest_away or (waits and now >= end)
+                if over or not (waits or maybe):
                     raise UnavailableError(f"lock {self.name}: not acquired: {error}") from error
-                yield Sleep(pause)
+                yield Sleep(min(pause, end - now) if waits else pause)
                 pause = min(2 * pause or _PAUSES[0], longest)
                 continue
             read = answer(reply)
@@ -419,11 +440,11 @@ class Core(ABC, Generic[T]):
         nap = min(nap, max(hold.ttl, _LOOK_AGAIN) if heard else _LOOK)
         look = min(clock() + nap, end)
         while (rest := look - clock()) > 0:
-            micros = yield from _wait_for(hold.bell, rest)
-            if micros == 0:
+            told = yield from _wait_for(hold.bell, rest)
+            if told == 0:
                 return
-            if micros is not None:  # somebody has a moment to take it
-                look = min(look, clock() + micros / 1e6 + _APART)
+            if told is not None:  # somebody has so many µs to take it
+                look = min(look, clock() + told / 1e6 + _APART)
 
     def refuse(self, hold: Hold, left: int, fence: int, info: bytes) -> NoReturn:
         """Raise `LockedError` about who has it."""
@@ -433,7 +454,7 @@ class Core(ABC, Generic[T]):
         holder = parse_info(info.decode("utf-8", "replace"), fence, left / 1e6)
         state = self.kind.taken() if holder is None else f"is held by {holder}"
         raise LockedError(
-            f"lock {self.name} {state}, for {left / 1e6:.3g} s or until a release",
+            f"lock {self.name} {state}; until a release, or for {left / 1e6:.3g} s at the most",
             self.name, holder, left / 1e6,
         )  # fmt: skip
 

@@ -6,9 +6,9 @@ import math
 from collections.abc import Hashable, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from redishacks._command import Command, Steps, ask_all
+from redishacks._command import Command, Outcome, Steps, ask_all
 from redishacks._units import Seconds
-from redishacks.errors import UsageError
+from redishacks.errors import RedisHacksError, UsageError
 from redishacks.locks._clock import clock
 from redishacks.locks._keeper import Renewal
 from redishacks.locks._station import AnyStation
@@ -48,6 +48,8 @@ class Hold:
     _wanted = 0.0
     #: When the last answer came that began a lease.
     _answered_at = 0.0
+    #: Until when the shorter lease of an extension in doubt may yet begin, and its seconds.
+    _doubtful = (0.0, 0.0)
     #: When the keeper looks at it next.
     kept_until = math.inf
 
@@ -96,7 +98,9 @@ class Hold:
 
     @property
     def lost(self) -> bool:
-        """Whether the lease ended before the release; always so in a forked child."""
+        """Whether the lease ended, or was taken away, before the release; always so in a forked
+        child.
+        """
         if not self.released and not self._lost and clock() >= self._until:
             self._lost = True
         return self._lost or self.process is not self._keeper.process
@@ -122,6 +126,8 @@ class Hold:
             why = "it belongs to the process that this one was forked from"
         elif self.released and not self._lost:
             why = "it was released"
+        elif clock() >= self._end:
+            why = f"its max_hold of {self._end - self.began:g} s is over"
         else:
             why = f"its lease of {self.ttl:g} s ended, or it was taken away, before the release"
         return LockLostError(f"lock {self.name} is not held: {why}", self.name)
@@ -157,7 +163,8 @@ class Hold:
             return None
         if not self._half() <= now < self._until < self._end:
             return None
-        self._wanted = min(self.ttl, self._end - now)
+        rest = (self._end - now) / _SKEW
+        self._wanted = min(self.ttl, rest)
         return micros(self._wanted)
 
     def _half(self) -> float:
@@ -200,6 +207,9 @@ class Hold:
         until = since + length * _SKEW
         if since <= self._answered_at:  # the server may have heard the other question later
             until = min(until, self._until)
+        late, shorter = self._doubtful
+        if since < late:
+            until = min(until, since + shorter * _SKEW)
         self.asked, self._until = since, min(until, self._end)
         self._answered_at = clock()
 
@@ -214,7 +224,17 @@ class Hold:
 
     def missed(self, since: float) -> None:
         """Hear that nobody knows what became of the lease that was asked for at that moment."""
-        self._until = min(self._until, max(since + self._wanted * _SKEW, self.asked))
+        self.unsure(since, self._wanted)
+
+    def unsure(self, since: float, length: float) -> None:
+        """Count on no more than is sure: the old lease, or that one if it is shorter."""
+        self._until = min(self._until, max(since + length * _SKEW, self.asked))
+
+    def in_doubt(self, since: float, length: float) -> None:
+        """Hear the same of an extension, which may even come late."""
+        self.unsure(since, length)
+        self._doubtful = since + self.core.late, length
+        self.watched()
 
     def ended(self) -> None:
         """Hear that the lease has ended."""
@@ -251,7 +271,7 @@ class Hold:
             return False
         self._lost = self._lost or clock() >= self._until
         self.released = True
-        self.core.released(self)
+        self.core.forget(self)
         return True
 
     @property
@@ -276,7 +296,18 @@ def extend_all_steps(holds: Sequence[Hold], ttl: Seconds | None) -> Steps[None]:
             hold.check()
         since = clock()
         asked = [hold.extension(length, since) for hold in holds]
-        outcomes = yield from ask_all([command for _, command in asked])
-        late = False
-        for hold, (wanted, _), outcome in zip(holds, asked, outcomes, strict=True):
-            late = hold.answered(outcome.result(), since, wanted) or late
+        heard: list[Outcome[Any]] = []
+        try:
+            heard = yield from ask_all([command for _, command in asked])
+        finally:
+            for place, (hold, (wanted, _)) in enumerate(zip(holds, asked, strict=True)):
+                if place >= len(heard) or heard[place].error is not None:
+                    hold.in_doubt(since, wanted)
+        late, errors = False, []
+        for hold, (wanted, _), outcome in zip(holds, asked, heard, strict=True):
+            try:
+                late = hold.answered(outcome.result(), since, wanted) or late
+            except RedisHacksError as error:
+                errors.append(error)
+        if errors:
+            raise errors[0]

@@ -101,7 +101,7 @@ class Keeper(Errands):
         super().reset()
         #: About this process, as holders are described; another object in a forked child.
         self.process = f"{socket.gethostname()}\t{os.getpid()}\t"
-        self._guard = threading.Lock()
+        self._guard = threading.RLock()  # a signal handler may take a lock, too
         self._times: list[float] = []
         self._by_time: dict[float, list[weakref.ref[Kept]]] = {}
         self._leaving: dict[str, _Leaving] = {}
@@ -118,9 +118,8 @@ class Keeper(Errands):
 
     def _keep(self, holds: Sequence[Kept], when: float) -> None:
         with self._guard:
-            refs = self._by_time.get(when)
-            if refs is None:
-                refs = self._by_time[when] = []
+            refs = self._by_time.setdefault(when, [])
+            if not refs:
                 heapq.heappush(self._times, when)
             for held in holds:
                 if when < held.kept_until:  # else it is looked at sooner
@@ -151,7 +150,7 @@ class Keeper(Errands):
         now = clock()
         times = [self._times[0]] if self._times else []
         if self._leaving:
-            soonest = min(each.until for each in self._leaving.values())
+            soonest = min((each.until for each in list(self._leaving.values())), default=now)
             times.append(self._next_try if self._unheard else max(soonest, self._next_try))
         if times:
             self._busy_at = now
@@ -189,7 +188,11 @@ class Keeper(Errands):
             self._next_try, self._backoff = 0.0, _PAUSES[0]
             return
         self.error = failed[0]
-        _log.warning("%s: renewing or releasing failed, will try again: %s", self.what, failed[0])
+        first = self._backoff == _PAUSES[0]  # of an outage
+        _log.log(
+            logging.WARNING if first else logging.DEBUG,
+            "%s: renewing or releasing failed: %s", self.what, failed[0],
+        )  # fmt: skip
         self._next_try = clock() + self._backoff
         self._backoff = min(2 * self._backoff, _PAUSES[1])
 
@@ -213,7 +216,7 @@ class Keeper(Errands):
         while self._times and self._times[0] <= now:
             with self._guard:
                 when = heapq.heappop(self._times)
-                refs = self._by_time.pop(when)
+                refs = self._by_time.pop(when, [])
             for ref in refs:
                 held = ref()
                 if held is not None and held.kept_until == when:  # else there is a newer entry

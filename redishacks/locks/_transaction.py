@@ -14,11 +14,17 @@ from typing import Any
 import redis
 import redis.asyncio
 from redis.commands import CoreCommands
+from redis.exceptions import ClusterCrossSlotError, MovedError, RedisError, WatchError
 from redis.exceptions import ConnectionError as Broken
-from redis.exceptions import RedisError, WatchError
 from redis.exceptions import TimeoutError as Late
 
-from redishacks.errors import MaybeAppliedError, UnavailableError, UsageError
+from redishacks.errors import (
+    CrossNodeError,
+    MaybeAppliedError,
+    ServerError,
+    UnavailableError,
+    UsageError,
+)
 from redishacks.locks._hold import Hold
 
 #: What a pipeline has besides commands.
@@ -38,6 +44,7 @@ class _Noted:
         self._own = own
         self._scratch = client.pipeline()
         self._calls: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = []
+        self._entered = self._ended = False
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
         command = getattr(self._scratch, name)
@@ -45,6 +52,8 @@ class _Noted:
             raise UsageError(f"a transaction takes commands of redis-py's pipeline, not {name}")
 
         def note(*args: Any, **options: Any) -> Any:
+            if not self._entered or self._ended:
+                raise UsageError("a transaction takes commands inside of its `with`")
             before = len(self._scratch)
             command(*args, **options)  # so that wrong arguments are told here
             if len(self._scratch) == before:
@@ -53,6 +62,12 @@ class _Noted:
             return self
 
         return note
+
+    def _begin(self) -> None:
+        if self._entered:
+            raise UsageError("a transaction is for one `with`: make another one")
+        self._check()
+        self._entered = True
 
     def _check(self) -> None:
         for hold in self._holds:
@@ -81,17 +96,22 @@ class _Noted:
             ) from error
         if isinstance(error, Broken | Late | WatchError):
             raise UnavailableError(f"{what}: Redis did not answer; nothing was done") from error
-        raise error
+        if isinstance(error, MovedError | ClusterCrossSlotError):
+            raise CrossNodeError(
+                f"{what}: a key of a command is not in the lock's slot; nothing was done"
+            ) from error
+        raise ServerError(f"{what}: {error}") from error
 
 
 class Transaction(_Noted):
     """Takes the commands of a redis-py pipeline, and carries them out at the end of the `with`."""
 
     def __enter__(self) -> Transaction:
-        self._check()
+        self._begin()
         return self
 
     def __exit__(self, kind: object, *raised: object) -> None:
+        self._ended = True
         try:
             if kind is None and self._calls:
                 self._execute()
@@ -117,10 +137,11 @@ class AsyncTransaction(_Noted):
     """`Transaction` for asyncio; commands are noted down without `await`."""
 
     async def __aenter__(self) -> AsyncTransaction:
-        self._check()
+        self._begin()
         return self
 
     async def __aexit__(self, kind: object, *raised: object) -> None:
+        self._ended = True
         try:
             if kind is None and self._calls:
                 await self._execute()

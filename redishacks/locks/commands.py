@@ -32,10 +32,11 @@ class Names:
 
     def __init__(self, prefix: str, name: str, tag: str | None) -> None:
         self.prefix = _keys.check_name(prefix, "prefix")
-        self.name = _keys.check_name(name, "name of a lock")
+        quoted = _keys.check_name(name, "name of a lock")
+        self.name = name
         #: With a tag of its own the name stands behind it.
-        self._rest = () if tag is None else (self.name,)
-        self._tag = self.name if tag is None else _keys.check_name(tag, "tag")
+        self._rest = () if tag is None else (quoted,)
+        self._tag = quoted if tag is None else _keys.check_name(tag, "tag")
 
     def key(self, rest: str) -> bytes:
         """Return a key of the lock."""
@@ -75,7 +76,8 @@ class Kind(Protocol):
     def release(self, token: str, fence: int, ear: str) -> Command[int]:
         """Give it back, or leave the line.
 
-        Replies 1 when it was held, 2 when it had been released before, 0 when it was lost.
+        Replies 1 when it was held, 2 when it had been released before, 0 when it was lost; 3 when
+        a later one has been lost since, so that nobody knows.
         """
 
     def show(self) -> Command[list[Any]]:
@@ -93,6 +95,8 @@ class Exclusive:
     def __init__(self, names: Names, *, fair: bool) -> None:
         self.key = names.key("lock")
         self._keys = (self.key, names.key("line"))
+        if not isinstance(fair, bool):
+            raise UsageError(f"fair is True or False, not {fair!r}")
         self._mode = "f" if fair else "u"
         self._barge = "0" if fair else "1"
         self._acquire = Form(script("lock_acquire"), self._keys, self._barge)

@@ -10,13 +10,19 @@ from redishacks.locks._transaction import AsyncTransaction, Transaction
 
 
 class Held(Hold, Releasing):
-    """A lock that is held; a context manager that releases it."""
+    """A lock that is held; a context manager that releases it.
+
+    - `fence` grows from holder to holder; `token` names this acquisition, for `adopt`.
+    - `remaining`: seconds of the lease, of `ttl`, that are left; `held`, `lost`, `check()`: whether
+      it is held still. These are told by this process's clock, and cost no round trip.
+    """
 
     def extend(self, ttl: Seconds | None = None) -> None:
-        """Begin the lease anew: it ends so many seconds from now, by default those it began with.
+        """Begin the lease anew: it ends so many seconds from now, by default as many as last time.
 
         Raises `LockLostError` when the lock was lost, and `UnavailableError` when Redis cannot be
-        asked; the lease goes on until it ends. One round trip.
+        asked; the lease then goes on until it ends, or the shorter one that may have begun. One
+        round trip.
         """
         drive(self.core.extend_steps(self, ttl), self.core.transport, self.core.deadline)
 
@@ -24,7 +30,8 @@ class Held(Hold, Releasing):
         """Give the lock back, to the next in line if there is one; again does no harm.
 
         Raises `LockLostError` when it had been lost before. When Redis is away it is tried in the
-        background until somebody has heard it. Does nothing in a forked child. One round trip.
+        background until it was heard, or the lease has ended anyway. Does nothing in a forked
+        child. One round trip.
         """
         if not self.end():
             return
@@ -33,8 +40,11 @@ class Held(Hold, Releasing):
             code = core.transport.call(core.giving_back(self), core.deadline)
         except BaseException as error:
             code = error
-        if code != 1 or self._lost or self.doubt:
-            drive(core.release_steps(self, code), core.transport, core.deadline)
+        try:
+            if code != 1 or self._lost or self.doubt:
+                drive(core.release_steps(self, code), core.transport, core.deadline)
+        finally:
+            core.tell_held(self)
 
     def transaction(self) -> Transaction:
         """Return a context manager that takes commands of a redis-py pipeline.
@@ -43,10 +53,12 @@ class Held(Hold, Releasing):
                 pipe.set("balance", 7)
             pipe.results
 
-        They are carried out at the end of the `with`, all or none, and only if the lock is still
-        held then; else `LockLostError` is raised, and `MaybeAppliedError` when the last reply was
-        lost. After an exception in the body nothing is done. Runs on the client that the lock was
-        made with, with its timeouts; on a cluster keys need the lock's tag. Three round trips.
+        They are carried out at the end of the `with`, together, and only if the lock is still held
+        then; else `LockLostError` is raised, and `MaybeAppliedError` when the last reply was lost.
+        Where one fails, for one because a key is of another type, the others are carried out
+        nevertheless, as Redis has it, and `ServerError` is raised. After an exception in the body
+        nothing is done. Runs on the client that the lock was made with, with its timeouts; on a
+        cluster keys need the lock's tag, else `CrossNodeError`. Three round trips.
         """
         client, own = self._redis()
         return Transaction((self,), client, own=own)
@@ -71,8 +83,11 @@ class AsyncHeld(Hold, AsyncReleasing):
             raise  # nobody is there to go on: the lease ends by itself
         except BaseException as error:
             code = error
-        if code != 1 or self._lost or self.doubt:
-            await drive_async(core.release_steps(self, code), core.transport, core.deadline)
+        try:
+            if code != 1 or self._lost or self.doubt:
+                await drive_async(core.release_steps(self, code), core.transport, core.deadline)
+        finally:
+            core.tell_held(self)
 
     def transaction(self) -> AsyncTransaction:
         """Return an async context manager that takes commands, as `Held.transaction`."""

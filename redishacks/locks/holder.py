@@ -8,21 +8,23 @@ from redishacks.errors import RedisHacksError
 
 
 class Holder(NamedTuple):
-    """Who holds a lock, as it described itself."""
+    """Who holds a lock, as it described itself.
+
+    `thread` is the name of its thread or task, `label` the lock's. It holds it `since` that moment
+    (seconds since 1970, by the server's clock), and its lease ends in `remaining` seconds.
+    """
 
     host: str
     pid: int
-    #: Name of the thread or task.
     thread: str
-    #: What the program calls itself: the lock's `label`.
     label: str
-    #: Seconds since 1970 when it got the lock, by the server's clock.
     since: float
-    #: Seconds until its lease ends.
     remaining: float
     fence: int
 
     def __str__(self) -> str:
+        if not self.host:
+            return "the next in line, just now"
         who = f"{self.label}, " if self.label else ""
         return f"{who}process {self.pid} on {self.host}, {self.thread}"
 

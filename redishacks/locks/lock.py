@@ -74,8 +74,8 @@ class _Lock(Core[T], Generic[T]):
 class Lock(_Lock[SyncTransport], SyncCore):
     """One at a time, over all processes.
 
-    `client` is a `redis.Redis`, a Sentinel master, a `redis.RedisCluster` or a URL; `name` tells
-    this lock from others'.
+    `client` is a `redis.Redis`, a Sentinel master, a `redis.RedisCluster` or a URL; `name`, of 256
+    bytes at most, tells this lock from others'.
 
     - `wait`: seconds to stand in line; 0 raises `LockedError` at once, None waits without end.
     - `ttl`: seconds of the lease, from 1 ms to 366 days.
@@ -89,7 +89,7 @@ class Lock(_Lock[SyncTransport], SyncCore):
     - `on_lost(held)` is called in the background when a lock was lost, or its `max_hold` is over;
       renewals wait for it to end.
     - `on_event(event, name, seconds)`: "waited" for how long, "held" for how long, "lost" after how
-      long, "contended" when somebody else had it.
+      long ("held" follows when it is released), "contended" when somebody else had it (0 s).
     - `label` is shown to whoever finds the lock held.
     - `tag` replaces the name as the hash tag of the keys, `prefix` begins them.
     - `deadline` bounds every exchange with Redis, in seconds. `on_command(name, node, seconds,

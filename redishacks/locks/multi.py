@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Generic, TypeVar, Unpack, cast
 
 from redishacks._command import Outcome, Steps, ask_all
@@ -70,6 +70,11 @@ class _Several(Generic[H]):
         return all(part.held for part in self.parts)
 
     @property
+    def lost(self) -> bool:
+        """Whether any was lost before its release; always so in a forked child."""
+        return any(part.lost for part in self.parts)
+
+    @property
     def fences(self) -> dict[str, int]:
         """The fence of each lock, by its name."""
         return {part.name: part.fence for part in self.parts}
@@ -95,9 +100,14 @@ def release_all_steps(parts: Sequence[Hold]) -> Steps[None]:
         raise
     losses = []
     for part, outcome in zip(ending, outcomes, strict=True):
-        if (yield from _lost(part, outcome)):
+        lost = yield from _lost(part, outcome)
+        if part.doubt:  # a first copy of its acquire may be under way
+            part.core.give_up(part)
+        if lost:
             part.tell_lost()
             losses.append(part.loss())
+    for part in ending:
+        part.core.tell_held(part)
     if losses:
         raise losses[0]
 
@@ -158,21 +168,22 @@ class _Multi(Generic[L]):
     def __init__(
         self,
         client: Any,
-        names: Sequence[str],
+        names: Iterable[str],
         *,
         fair: bool = True,
         prefix: str = "rh",
         tag: str | None = None,
         **options: Unpack[Options],
     ) -> None:
-        if isinstance(names, str) or not names or not all(isinstance(n, str) for n in names):
+        listed = list(names) if isinstance(names, Iterable) and not isinstance(names, str) else []
+        if not listed or not all(isinstance(name, str) for name in listed):
             raise UsageError(f"a MultiLock takes a list of one name or more, not {names!r}")
         if options.get("reentrant") or options.get("replicas"):
             raise UsageError("a MultiLock is not reentrant, and does not wait for replicas")
         #: One for each name, in their order.
         self.locks: list[L] = [
             self._kind(client, name, fair=fair, prefix=prefix, tag=tag, **options)
-            for name in sorted(dict.fromkeys(names))
+            for name in sorted(set(listed))
         ]
         if len({lock.renewal.slot for lock in self.locks}) > 1:
             raise UsageError("on a cluster a MultiLock needs a tag, which puts all on one node")
@@ -241,6 +252,7 @@ class _Multi(Generic[L]):
             raise
         if reply[0] == 1:
             for lock, hold, fence in zip(self.locks, holds, reply[2:], strict=True):
+                hold.doubt = doubt
                 lock.begin(hold, fence)
             return None
         if doubt or reply[0] == -2:  # an earlier copy may be under way
@@ -256,7 +268,12 @@ class _Multi(Generic[L]):
 
 
 class MultiLock(_Multi[Lock], Entering[MultiHeld]):
-    """Several locks at once, all or none; all other arguments are those of `Lock`."""
+    """Several locks at once, all or none.
+
+    `names` are those of the locks. All other arguments are those of `Lock`, but for `reentrant` and
+    `replicas`; `on_lost` gets the handle of the one that was lost. What it has got it keeps while
+    it waits for the next. On a cluster it needs a `tag`, and so do others that use the locks.
+    """
 
     _kind = Lock
 

@@ -37,7 +37,10 @@ class AsyncSide(AsyncCore):
 
 
 class RWLock:
-    """Many readers or one writer; all arguments are those of `Lock`, for both sides."""
+    """Many readers or one writer: `read` and `write` are used as a `Lock` is.
+
+    All arguments are those of `Lock` but for `fair`, and go for both sides.
+    """
 
     def __init__(
         self,

@@ -56,7 +56,9 @@ class _Semaphore(Core[T], Generic[T]):
 
 
 class Semaphore(_Semaphore[SyncTransport], SyncCore):
-    """At most `amount` at once; all other arguments are those of `Lock`."""
+    """At most `amount` at once; other arguments are those of `Lock`, but for `fair` and
+    `reentrant`.
+    """
 
 
 class AsyncSemaphore(_Semaphore[AsyncTransport], AsyncCore):

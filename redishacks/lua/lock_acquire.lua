@@ -48,6 +48,9 @@ end
 if holder then
   left = left - now
   if holder == token then
+    if ticket ~= '!' and left <= tonumber(length) then
+      ttl = math.max(ttl, left) -- a copy that comes late cuts nothing short
+    end
     if ttl >= left or waiting == '0' then
       hold(token, ttl, fence, lost, waiting, ARGV[6])
       return {1, now, tonumber(fence)}

@@ -25,6 +25,12 @@ if own < 0 then
   return {-2, now}
 end
 local taken = own > 0
+if taken and ticket ~= '!' then
+  local length = string.match(call('HGET', about, token) or '', '^%d+ (%d+)')
+  if length and own - now <= tonumber(length) then
+    ttl = math.max(ttl, own - now) -- a copy that comes late cuts nothing short
+  end
+end
 if taken and now + ttl < own then -- for less time than those in line have been told
   warn_others(line, nil, ttl)
 end

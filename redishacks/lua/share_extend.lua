@@ -14,7 +14,7 @@ local gone = {}
 for i, key in ipairs(KEYS) do
   local token, ttl = ARGV[2 * i - 1], tonumber(ARGV[2 * i])
   if tonumber(call('ZSCORE', key, token) or 0) > 0 then
-    call('ZADD', key, string.format('%d', now + ttl), token)
+    call('ZADD', key, 'GT', string.format('%d', now + ttl), token)
     expire(key, now)
   else
     gone[#gone + 1] = i
