@@ -433,7 +433,7 @@ def test_one_at_a_time(world: World, ann: Person, bob: Person) -> None:
     assert 50 < error.remaining <= 60
     for part in (holder.host, f"process {holder.pid}", holder.thread, holder.label, "crazy"):
         assert part in str(error)
-    assert f", for {error.remaining:.3g} s or until" in str(error)
+    assert f"for {error.remaining:.3g} s at the most" in str(error)
     ann.does(held.release)
     assert world.locked() is None
     bob.does(world.lock().acquire)
