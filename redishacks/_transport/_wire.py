@@ -49,6 +49,8 @@ def pack(command: Command[Any], whole: bool = False) -> bytes:
 class Form:
     """Calls of a script that differ in their first arguments: all else is encoded once."""
 
+    __slots__ = ("_head", "_keys", "_rest", "_script", "_tail", "_words")
+
     def __init__(self, script: Script, keys: tuple[bytes, ...], *rest: str) -> None:
         self._script, self._keys, self._rest = script, keys, rest
         fixed = (b"EVALSHA", script.sha, b"%d" % len(keys), *keys)

@@ -152,28 +152,27 @@ class Hold:
         """Return when to look at it next; None when never again."""
         if self.released or self._told:
             return None
-        if self.renews and self._until < self._end:
+        until = self._until
+        if self.renews and until < self._end:
             grid = self.ttl / _TOGETHER
-            return min(math.ceil(self._half() / grid) * grid, self._until)
-        return self._until
+            when = math.ceil((self.asked + until) / 2 / grid) * grid
+            return when if when < until else until
+        return until
 
     def wants(self, now: float) -> str | None:
         """Return how many µs a new lease should last, None when it is not time."""
         if not self.renews or self.released or self._lost:
             return None
-        if not self._half() <= now < self._until < self._end:
-            return None
+        if not (self.asked + self._until) / 2 <= now < self._until < self._end:
+            return None  # it is not half over
         rest = (self._end - now) / _SKEW
-        self._wanted = min(self.ttl, rest)
-        return micros(self._wanted)
+        self._wanted = wanted = self.ttl if self.ttl < rest else rest
+        return micros(wanted)
 
-    def _half(self) -> float:
-        """Return when half of the lease is over."""
-        return (self.asked + self._until) / 2
-
-    def renewed(self, since: float) -> None:
-        """Hear that the lease it wanted was asked for at that moment, and began."""
-        self._lasts(since, self._wanted)
+    def renewed(self, since: float, now: float) -> float | None:
+        """Hear that the lease it wanted was asked for at that moment, and began; `due` again."""
+        self._lasts(since, self._wanted, now)
+        return self.due()
 
     def lease(self, ttl: Seconds) -> float:
         """Return the seconds of a lease; raises `UsageError`."""
@@ -196,22 +195,21 @@ class Hold:
             return True
         if state == 1:
             self.ttl = wanted
-            self._lasts(since, wanted)
+            self._lasts(since, wanted, clock())
             self.watched()
         else:
             self.ended()
         self.check()
         return False
 
-    def _lasts(self, since: float, length: float) -> None:
+    def _lasts(self, since: float, length: float, now: float) -> None:
         until = since + length * _SKEW
         if since <= self._answered_at:  # the server may have heard the other question later
             until = min(until, self._until)
-        late, shorter = self._doubtful
-        if since < late:
-            until = min(until, since + shorter * _SKEW)
+        if since < self._doubtful[0]:
+            until = min(until, since + self._doubtful[1] * _SKEW)
         self.asked, self._until = since, min(until, self._end)
-        self._answered_at = clock()
+        self._answered_at = now
 
     def keep_on(self, on: bool) -> None:
         """Have the lease begun anew in the background, or no more."""

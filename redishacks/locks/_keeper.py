@@ -64,8 +64,8 @@ class Kept(Protocol):
     def wants(self, now: float) -> str | None:
         """Return how many µs a new lease should last, None when it is not time."""
 
-    def renewed(self, since: float) -> None:
-        """Hear that the lease it wanted was asked for at that moment, and began."""
+    def renewed(self, since: float, now: float) -> float | None:
+        """Hear that the lease it wanted was asked for at that moment, and began; `due` again."""
 
     def missed(self, since: float) -> None:
         """Hear that nobody knows what became of it."""
@@ -241,10 +241,9 @@ class Keeper(Errands):
             return
         for place in outcome.result():
             batch[place - 1].ended()
-        next_times: dict[float, list[Kept]] = defaultdict(list)
+        now, next_times = clock(), defaultdict(list)
         for held in batch:
-            held.renewed(since)
-            when = held.due()
+            when = held.renewed(since, now)
             if when is not None:
                 next_times[when].append(held)
         for when, holds in next_times.items():
