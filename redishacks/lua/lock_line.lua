@@ -46,18 +46,20 @@ end
 local function warn_others(line, before, micros)
   local same, told, other = before and string.match(before, '^%S+ .(.*)$'), nil, nil
   for _, range in ipairs({'ZRANGE', 'ZREVRANGE'}) do
-    for _, entry in ipairs(call(range, line, 0, 7)) do
-      local ear = string.match(entry, '^%S+ .(.*)$')
-      if ear == told then
+    local place = 0
+    for _ = 1, 8 do -- one by one: mostly it is the first or the second
+      local entry = call(range, line, place, place)[1]
+      local ear = entry and string.match(entry, '^%S+ .(.*)$')
+      if not entry or ear == told then
         break
-      elseif ear ~= same then
-        if tell(entry, micros) then
-          told = ear
-          break
-        end
+      elseif ear == same then
+        place = place + 1
+        other = entry ~= before and (other or entry) or other
+      elseif tell(entry, micros) then
+        told = ear
+        break
+      else
         call('ZREM', line, entry)
-      elseif entry ~= before then
-        other = other or entry
       end
     end
   end
