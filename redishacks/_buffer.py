@@ -39,6 +39,9 @@ _log = logging.getLogger("redishacks")
 class Batcher(Protocol):
     """What a tool tells the buffer about its hits."""
 
+    #: Why a hit is refused for good.
+    refusal: str
+
     def hit(self, times: int) -> Amounts:
         """Return the amounts of a plain hit that came so many times."""
 
@@ -263,7 +266,7 @@ class Buffer:
             if not lane:
                 del self._frozen[p]
         if reply < 0:
-            refused = Refused(*part.items[-reply - 1], "the pending sum would pass 2^53")
+            refused = Refused(*part.items[-reply - 1], self._batcher.refusal)
             _log.error("refused for good: id %r, amounts %r: %s", *refused)
             _tell(self._on_refused, refused)
 

@@ -11,6 +11,8 @@ import reprlib
 
 from redishacks.errors import UsageError
 
+#: What a tool takes as an id or key; `42`, `"42"` and `b"42"` are the same.
+Id = str | int | bytes
 #: The longest id or key that a tool accepts, in bytes.
 MAX_ID = 2048
 
@@ -48,7 +50,7 @@ def quote_bytes(raw: bytes) -> str:
         return _UNSAFE_BYTE.sub(lambda found: f"%{ord(found[0]):02X}", raw.decode("latin-1"))
 
 
-def id_bytes(value: str | int | bytes, what: str = "id") -> bytes:
+def id_bytes(value: Id, what: str = "id") -> bytes:
     """Return an id as the bytes Redis holds: `42`, `"42"` and `b"42"` are the same id."""
     if isinstance(value, str):
         try:

@@ -44,3 +44,20 @@ def microseconds(moment: dt.datetime) -> int:
 def moment(micros: int) -> dt.datetime:
     """Return microseconds since 1970 as a datetime in UTC."""
     return _EPOCH + micros * _MICROSECOND
+
+
+Instant = float | dt.datetime
+
+
+def instant(value: Instant, name: str) -> float:
+    """Return a moment in seconds since 1970; an aware `datetime` or a number is accepted."""
+    if isinstance(value, dt.datetime):
+        if value.tzinfo is None:
+            raise UsageError(
+                f"{name}: {value!r} has no time zone; say which one is meant, for one "
+                "value.replace(tzinfo=datetime.UTC)"
+            )
+        return (value - _EPOCH) / dt.timedelta(seconds=1)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1e11:
+        raise UsageError(f"{name} must be an aware datetime or seconds since 1970, not {value!r}")
+    return value

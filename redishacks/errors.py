@@ -2,7 +2,8 @@
 
     RedisHacksError
     ├── UsageError (ValueError)     the call is wrong: change the code or the configuration
-    │   └── CrossNodeError          keys of one command live on different cluster nodes
+    │   ├── CrossNodeError          keys of one command live on different cluster nodes
+    │   └── RetentionError          a range of a series that is kept no more, or not so fine
     ├── MaybeAppliedError           sent, but the reply was lost: the caller decides
     ├── PartlyAppliedError          a call in several parts: `failed` says what became of which id
     ├── UnavailableError            away or refusing for now: try again later
@@ -27,6 +28,10 @@ class UsageError(RedisHacksError, ValueError):
 
 class CrossNodeError(UsageError):
     """The keys of one command hash to different cluster slots; nothing was sent."""
+
+
+class RetentionError(UsageError):
+    """A range of a time series that is kept no more, or not as fine as was asked for."""
 
 
 class MaybeAppliedError(RedisHacksError):

@@ -34,18 +34,19 @@ from redishacks.ratelimit import (
     RateLimiter,
 )
 from redishacks.sinks import AsyncPostgresSink, PostgresSink, SQLiteSink
+from redishacks.timeseries import AsyncTimeSeries, TimeSeries
 
 PACKAGE = Path(__file__).parents[1] / "redishacks"
 
 #: What each layer may not import: those above it, and its neighbours.
 LAYERS = [
-    {"errors", "_keys", "_units", "_slots", "_words"},
+    {"errors", "_keys", "_units", "_slots", "_words", "_clock"},
     {"_command", "_sink"},
     {"_buffer", "_breaker"},
     {"_drive", "_errands"},
     {"_transport"},
     {"_linger", "_wake"},
-    {"counters", "sinks", "ratelimit", "locks"},
+    {"counters", "sinks", "ratelimit", "locks", "timeseries"},
     {"testing", "web"},
     {"doctor", "demo"},
     {"cli", "__main__"},
@@ -64,6 +65,7 @@ PAIRS = [
     (RWLock, AsyncRWLock),
     (MultiLock, AsyncMultiLock),
     (MultiHeld, AsyncMultiHeld),
+    (TimeSeries, AsyncTimeSeries),
 ]
 
 

@@ -31,6 +31,8 @@ Amounts = Mapping[Any, Amount | Mapping[str, Amount]]
 class _Batcher(Layout):
     """The layout, as the coalescing buffer needs it."""
 
+    refusal = "the pending sum would pass 2^53"
+
     def hit(self, times: int) -> Sequence[int | None]:
         """Return the amounts of a plain hit that came so many times."""
         return (times, *(None for _ in self.columns.names[1:]))

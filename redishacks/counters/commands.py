@@ -221,7 +221,7 @@ class Layout:
                 tuple(args),
                 (self._key(p, "meta"),),
                 parse,
-                script("counter_define"),
+                script("define"),
                 repeatable=True,
             )
             for p in range(self.partitions)

@@ -11,6 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, Generic, NoReturn, TypedDict, TypeVar, cast
 
+from redishacks._clock import clock
 from redishacks._command import Call, Command, Sleep, Steps, ask, ask_all
 from redishacks._slots import key_slot
 from redishacks._transport import AsyncTransport, Hook, SyncTransport
@@ -23,7 +24,6 @@ from redishacks.errors import (
     UnavailableError,
     UsageError,
 )
-from redishacks.locks._clock import clock
 from redishacks.locks._context import UNSET, Entered
 from redishacks.locks._here import here
 from redishacks.locks._hold import Hold, extend_all_steps

@@ -6,10 +6,10 @@ import math
 from collections.abc import Hashable, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from redishacks._clock import clock
 from redishacks._command import Command, Outcome, Steps, ask_all
 from redishacks._units import Seconds
 from redishacks.errors import RedisHacksError, UsageError
-from redishacks.locks._clock import clock
 from redishacks.locks._keeper import Renewal
 from redishacks.locks._station import AnyStation
 from redishacks.locks.commands import MINE, answer, micros

@@ -21,10 +21,10 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple, Protocol, TypeVar
 
+from redishacks._clock import clock
 from redishacks._command import Command, Outcome, Script, Steps, ask_all
 from redishacks._errands import Errands
 from redishacks.errors import RedisHacksError, UnavailableError
-from redishacks.locks._clock import clock
 
 #: Leases that one command begins anew.
 _BATCH = 200

@@ -19,11 +19,11 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any, Generic, TypeVar, Unpack, cast
 
+from redishacks._clock import clock
 from redishacks._command import Outcome, Steps, ask_all
 from redishacks._drive import drive, drive_async
 from redishacks._units import Seconds
 from redishacks.errors import MaybeAppliedError, UnavailableError, UsageError
-from redishacks.locks._clock import clock
 from redishacks.locks._context import (
     UNSET,
     AsyncEntering,

@@ -1,7 +1,7 @@
--- Agree on how a counter is laid out: the first caller decides, later ones must say the same.
+-- Agree on how something is laid out: the first caller decides, later ones must say the same.
 --
 -- EVALSHA sha 1 meta  field value [field value ...]
--- KEYS[1]  meta: hash, no TTL (it says how to read counts that have none either)
+-- KEYS[1]  meta: hash, no TTL: what it says outlives what is counted
 -- Reply: {} all fields agree or were new and are stored; {field, stored} the first that differs,
 --        and nothing was stored
 

@@ -1,0 +1,78 @@
+"""Packed keys: many buckets in one string, as the scripts write them.
+
+    byte 1         bytes per value: 1, 2 or 4 for numbers without a sign, 8 for any int64
+    (buckets+7)/8  which buckets have a value: a bit each, the first bucket's is the highest
+    the rest       those values in the order of time, the highest byte first
+
+So a bucket without hits costs a bit, and one that came to 0 is told apart from it.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+
+from redishacks.errors import ServerError
+
+_CODES = {1: "B", 2: "H", 4: "I", 8: "q"}
+
+
+class Packed:
+    """A packed key that was read; `None` for one that is not there."""
+
+    __slots__ = ("_bits", "_data", "_present", "_start", "_width", "buckets")
+
+    def __init__(self, data: bytes | None, buckets: int) -> None:
+        #: How many buckets it has, with a value or without.
+        self.buckets = buckets
+        size = -(-buckets // 8)
+        self._data = data or b""
+        self._start = 1 + size
+        self._bits = 8 * size
+        self._width = data[0] if data else 1
+        self._present = int.from_bytes(data[1 : 1 + size], "big") if data else 0
+        held = len(self._data) - self._start if data else 0
+        if self._width not in _CODES or held != self._present.bit_count() * self._width:
+            raise ServerError("ERR this key is no packed series")
+
+    @property
+    def size(self) -> int:
+        """How many bytes it has."""
+        return len(self._data)
+
+    def _rank(self, bucket: int) -> int:
+        """Return how many buckets before it have a value."""
+        return (self._present >> (self._bits - bucket)).bit_count()
+
+    def values(self, first: int, last: int) -> Sequence[int]:
+        """Return the values of the buckets from `first` to before `last` that have one."""
+        if not self._present:
+            return ()
+        before = self._rank(first)
+        return self._slice(before, self._rank(last) - before)
+
+    def _slice(self, before: int, count: int) -> Sequence[int]:
+        width = self._width
+        start = self._start + before * width
+        if width == 1:
+            return self._data[start : start + count]
+        return struct.unpack_from(f">{count}{_CODES[width]}", self._data, start)
+
+    def present(self, first: int, last: int) -> str:
+        """Return for each bucket from `first` to before `last` a 1, or a 0 if it has no value."""
+        mask = (self._present >> (self._bits - last)) & ((1 << (last - first)) - 1)
+        return f"{mask:0{last - first}b}"
+
+    def spread(self, first: int, last: int) -> Sequence[int]:
+        """Return a value for each bucket from `first` to before `last`; 0 where there is none."""
+        values = self.values(first, last)
+        width = last - first
+        if len(values) == width:
+            return values
+        if not values:
+            return bytes(width)
+        # Packed again, with zeros between: far less than a step of Python per bucket.
+        code, size = _CODES[self._width], self._width
+        places = self.present(first, last).replace("1", code).replace("0", size * "x")
+        filled = struct.Struct(f">{places}").pack(*values)
+        return filled if size == 1 else struct.unpack(f">{width}{code}", filled)

@@ -1,0 +1,127 @@
+"""Which buckets to read for a range: `plan` tiles it with the coarsest that fit.
+
+    plan(rungs, start, end, now)     # seconds since 1970 -> Plan: tiles, and what they cover
+
+The inside of a range is covered by the coarsest buckets, its edges by finer ones. Where the finer
+ones have expired the range is widened to the finest that still exist.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+from redishacks.timeseries.resolution import Rung, finest_from
+
+
+class Tile(NamedTuple):
+    """Buckets of one packed key: those from `first` to before `last`, counted within the key."""
+
+    rung: Rung
+    pack: int
+    first: int
+    last: int
+
+    @property
+    def start(self) -> int:
+        """When its first bucket begins, in seconds since 1970."""
+        return self.pack * self.rung.span + self.first * self.rung.step
+
+    @property
+    def end(self) -> int:
+        """When its last bucket ends."""
+        return self.pack * self.rung.span + self.last * self.rung.step
+
+
+class Plan(NamedTuple):
+    """What a sum over a range reads."""
+
+    #: What they cover, in seconds since 1970: the range asked for, widened to whole buckets and cut
+    #: to what is there.
+    start: int
+    end: int
+    #: In the order of time, without gaps.
+    tiles: tuple[Tile, ...]
+    #: The step of the coarsest edge: how exact the range is.
+    resolution: int
+    #: Nothing of the range has expired, and its edges are as fine as the series is.
+    complete: bool
+    #: Bytes of the packed keys, when they were read.
+    bytes: int = 0
+
+    @property
+    def keys(self) -> int:
+        """How many packed keys are read."""
+        return len({(tile.rung.step, tile.pack) for tile in self.tiles})
+
+    @property
+    def values(self) -> int:
+        """How many buckets are summed up."""
+        return sum(tile.last - tile.first for tile in self.tiles)
+
+
+def plan(rungs: Sequence[Rung], start: int, end: int, now: int) -> Plan:
+    """Tile the range from `start` to before `end`; what is in the future is left out."""
+    finest = rungs[0]
+    end = min(end, _up(now + 1, finest.step))
+    oldest = min(rung.horizon(now) for rung in rungs)
+    from_, complete = max(start, oldest), start >= oldest
+    if end <= from_:
+        at = min(from_, end)
+        return Plan(at, at, (), finest.step, complete or end <= start)
+    left, right = finest_from(rungs, from_, now), finest_from(rungs, end - 1, now)
+    assert left is not None
+    assert right is not None
+    low, high = from_ // left.step * left.step, _up(end, right.step)
+    fine = finest.step
+    tight = from_ - low < fine and high - end < fine
+    return Plan(
+        low,
+        high,
+        tuple(_cut(_tiles(rungs, len(rungs) - 1, low, high, now))),
+        max(left.step, right.step),
+        complete and tight,
+    )
+
+
+def run_of(rung: Rung, start: int, end: int, now: int) -> Iterator[Tile]:
+    """Tile a range with buckets of one resolution, as far as they are there."""
+    first = max(start, rung.horizon(now)) // rung.step * rung.step
+    last = _up(end, rung.step)
+    return _cut(iter([(rung, first, last)] if first < last else []))
+
+
+def _tiles(
+    rungs: Sequence[Rung], level: int, low: int, high: int, now: int
+) -> Iterator[tuple[Rung, int, int]]:
+    """Yield runs of buckets that cover from `low` to before `high`, the coarsest inside."""
+    rung = rungs[level]
+    first = max(_up(low, rung.step), _up(rung.horizon(now), rung.step))
+    last = high // rung.step * rung.step
+    if first >= last:
+        if level:
+            yield from _tiles(rungs, level - 1, low, high, now)
+        return
+    if low < first:
+        yield from _tiles(rungs, level - 1, low, first, now)
+    yield rung, first, last
+    if last < high:
+        yield from _tiles(rungs, level - 1, last, high, now)
+
+
+def _cut(runs: Iterator[tuple[Rung, int, int]]) -> Iterator[Tile]:
+    """Cut runs at the ends of packed keys."""
+    for rung, first, last in runs:
+        span = rung.span
+        for pack in range(rung.pack(first), rung.pack(last - 1) + 1):
+            begins = pack * span
+            yield Tile(
+                rung,
+                pack,
+                (max(first, begins) - begins) // rung.step,
+                (min(last, begins + span) - begins) // rung.step,
+            )
+
+
+def _up(time: int, step: int) -> int:
+    return -(-time // step) * step
