@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -163,8 +164,11 @@ def wsgi_server(app: Any, unix_socket: Path | None = None) -> Iterator[str]:
     try:
         yield "http://site" if unix_socket else f"http://127.0.0.1:{server.effective_port}"
     finally:
-        # In the server's own thread: its loop ends when it watches nothing any more.
-        server.trigger.pull_trigger(lambda: wasyncore.close_all(watched, ignore_all=True))
+        # In the server's own thread: its loop ends when it watches nothing any more. Not by
+        # pull_trigger(), which may write when a worker's pull has had the trigger closed already.
+        with server.trigger.lock:
+            server.trigger.thunks.append(lambda: wasyncore.close_all(watched, ignore_all=True))
+            os.write(server.trigger.trigger, b"x")
         thread.join(30)
         server.task_dispatcher.shutdown()
         assert not thread.is_alive()
