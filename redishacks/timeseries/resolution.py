@@ -106,10 +106,12 @@ def ladder(resolutions: Iterable[Resolution | tuple[Seconds, Seconds]]) -> Ladde
             raise UsageError(f"buckets of {step} s must be kept for longer than {kept} s")
     steps = [step for step, _ in pairs]
     coarser_steps = [*steps[1:], steps[-1]]
-    return tuple(
-        Rung(step, kept, _packed(coarser // step))
-        for (step, kept), coarser in zip(pairs, coarser_steps, strict=True)
-    )
+    rungs: list[Rung] = []
+    for (step, kept), coarser in zip(pairs, coarser_steps, strict=True):
+        if rungs:  # it outlives what is finer, with the whole packed keys of that
+            kept = max(kept, rungs[-1].retention + rungs[-1].span)
+        rungs.append(Rung(step, kept, _packed(coarser // step)))
+    return tuple(rungs)
 
 
 def _packed(ratio: int) -> int:
