@@ -22,14 +22,24 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from typing import Any, Generic, Protocol, Self, TypeVar, TypeVarTuple
 
-from redishacks._buffer import Amounts, Buffer
+from redishacks._buffer import Amounts, Buffer, Items
 from redishacks._command import Steps
 from redishacks._drive import AsyncTransport, Transport, drive, drive_async
+from redishacks._keys import id_shown
 from redishacks._units import seconds
-from redishacks.errors import MaybeAppliedError, RedisHacksError, UnavailableError, UsageError
+from redishacks.errors import (
+    MaybeAppliedError,
+    PartlyAppliedError,
+    RedisHacksError,
+    UnavailableError,
+    UsageError,
+)
 
 Args = TypeVarTuple("Args")
 Result = TypeVar("Result")
+
+#: Returns an id as readers get it.
+Shown = Callable[[bytes], str | bytes]
 
 #: Pause after a failed send, at least and at most.
 PAUSES = (0.05, 1.0)
@@ -426,6 +436,17 @@ class Coalescer(ThreadSender[Buffer]):
         if self.closed:
             self.send_late()
 
+    def add_all(self, items: Items, shown: Shown = id_shown) -> None:
+        """Take many hits; raises `PartlyAppliedError` when only the first few were taken."""
+        taken = 0
+        try:
+            for raw, amounts in items:
+                self.add(raw, amounts)
+                taken += 1
+        except RedisHacksError as error:
+            _stopped(items, taken, error, shown)
+            raise
+
 
 class AsyncCoalescer(TaskSender[Buffer]):
     """Takes hits, and sends them from a task."""
@@ -439,6 +460,70 @@ class AsyncCoalescer(TaskSender[Buffer]):
         if self.closed:
             with _taken():
                 await self._finish()
+
+    async def add_all(self, items: Items, shown: Shown = id_shown) -> None:
+        """Take many hits; raises `PartlyAppliedError` when only the first few were taken."""
+        taken = 0
+        try:
+            for raw, amounts in items:
+                await self.add(raw, amounts)
+                taken += 1
+        except RedisHacksError as error:
+            _stopped(items, taken, error, shown)
+            raise
+
+
+def _stopped(items: Items, taken: int, error: RedisHacksError, shown: Shown) -> None:
+    """Say so when the buffer has taken the first few of many hits before this error."""
+    if taken:
+        raise PartlyAppliedError(
+            f"{taken} of {len(items)} ids were counted; {error}",
+            {shown(raw): error for raw, _ in items[taken:]},
+        ) from error
+
+
+class Lingering:
+    """What may hold hits back for a while: how they are sent, and the end of a `with`."""
+
+    _coalescer: Coalescer | None
+
+    def send(self) -> None:
+        """Send what lingers now, and wait for the answer; it stays buffered on an error."""
+        if self._coalescer is not None:
+            self._coalescer.send()
+
+    def close(self) -> None:
+        """Send what lingers and stop; raises when it could not be sent within the deadline."""
+        if self._coalescer is not None:
+            self._coalescer.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        self.close()
+
+
+class AsyncLingering:
+    """`Lingering` for asyncio."""
+
+    _coalescer: AsyncCoalescer | None
+
+    async def send(self) -> None:
+        """Send what lingers now, and wait for the answer; it stays buffered on an error."""
+        if self._coalescer is not None:
+            await self._coalescer.send()
+
+    async def aclose(self) -> None:
+        """Send what lingers and stop; raises when it could not be sent within the deadline."""
+        if self._coalescer is not None:
+            await self._coalescer.aclose()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *raised: object) -> None:
+        await self.aclose()
 
 
 class _LastLoop(asyncio.SelectorEventLoop):

@@ -21,6 +21,7 @@ from redishacks._command import Command, script
 from redishacks._transport import connect
 from redishacks.errors import (
     MaybeAppliedError,
+    PartlyAppliedError,
     RetentionError,
     ServerError,
     UnavailableError,
@@ -378,6 +379,73 @@ def test_lingering_hits_of_other_moments(url: str, prefix: str) -> None:
             series.send()
     points = series.range("a", now, now + 100, step=10)
     assert points.values == [2 * sum(range(at, at + 10)) for at in range(now, now + 100, 10)]
+
+
+def test_a_series_name_that_is_too_long(url: str, prefix: str) -> None:
+    """It is refused at once, lingering or not."""
+    for linger in (None, 60):
+        with TimeSeries(url, "hits", prefix=prefix, linger=linger) as series:
+            series.incr("a" * 2048)
+            with pytest.raises(UsageError, match="2048"):
+                series.incr("a" * 2049)
+
+
+def test_lingering_hits_far_in_the_future(url: str, prefix: str) -> None:
+    """They are refused by the call that brings them; with many, none of them is counted."""
+    now = time.time()
+    with TimeSeries(url, "hits", prefix=prefix, linger=60) as series:
+        series.incr("a")
+        series.send()
+        with pytest.raises(UsageError, match="future"):
+            series.incr("a", at=now + HOUR)
+        with pytest.raises(UsageError, match="future"):
+            series.incr_many([("a", 5), ("b", 1, now + HOUR)])
+    assert series.sum("a", now - 60, now + 60) == 1
+
+
+def test_amounts_that_are_together_more_than_a_double_holds(url: str, prefix: str) -> None:
+    """They are added exactly, though Lua's numbers end at 2^53."""
+    now, most = time.time(), 2**53 - 1
+    for key, linger in (("a", None), ("b", 60)):
+        with TimeSeries(url, "hits", prefix=prefix, linger=linger) as series:
+            series.incr_many([(key, most, now - 60 - 10 * i) for i in range(4)])
+            series.incr_many(
+                [(key, -most, now - DAY), (key, -most, now - DAY), (key, 3, now - DAY)]
+            )
+        assert series.sum(key, now - HOUR, now) == 4 * most
+        assert series.sum(key, now - 30 * HOUR, now) == 2 * most + 3
+
+
+def test_a_full_buffer_says_which_series_were_not_counted(proxy: FaultProxy, prefix: str) -> None:
+    """Of many that came at once the first few may have been taken."""
+    with TimeSeries(proxy.url, "hits", prefix=prefix, linger=60, max_buffered=2) as series:
+        proxy.stall()
+        now = time.time()
+        with pytest.raises(PartlyAppliedError) as raised:
+            series.incr_many([(f"k{n}", 1, now) for n in range(5)])
+        assert set(raised.value.failed) == {"k2", "k3", "k4"}
+        proxy.resume()
+    assert series.sums([f"k{n}" for n in range(5)], now - 60) == {
+        "k0": 1, "k1": 1, "k2": 0, "k3": 0, "k4": 0,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("off", [-HOUR, HOUR])
+def test_a_clock_that_is_wrong(
+    url: str, prefix: str, monkeypatch: pytest.MonkeyPatch, off: int
+) -> None:
+    """Hits that linger from before the server was heard are put where its clock says."""
+    now, real = time.time(), time.time
+    monkeypatch.setattr("redishacks.timeseries.commands.time.time", lambda: real() + off)
+    with TimeSeries(url, "hits", prefix=prefix, linger=60) as series:
+        series.incr("a")
+        series.incr_many([("a", 2)])
+        series.send()
+        series.incr("a", 4)
+    plain = TimeSeries(url, "hits", prefix=prefix)
+    plain.incr("a", 8)
+    monkeypatch.undo()
+    assert TimeSeries(url, "hits", prefix=prefix).sum("a", now - 30, now + 30) == 15
 
 
 def test_points_that_are_yet_to_come(series: TimeSeries) -> None:

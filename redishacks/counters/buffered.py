@@ -5,18 +5,24 @@ from __future__ import annotations
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Generic, Literal, Self, TypeVar
+from typing import Any, Generic, Literal, TypeVar
 
 from redishacks import _keys
 from redishacks._buffer import Buffer, Items, Refused
 from redishacks._command import Command, Outcome, Steps, ask, ask_all
 from redishacks._drive import AsyncTransport, Transport, drive, drive_async
-from redishacks._linger import AsyncCoalescer, Coalescer, check_linger
+from redishacks._linger import (
+    AsyncCoalescer,
+    AsyncLingering,
+    Coalescer,
+    Lingering,
+    check_linger,
+)
 from redishacks._sink import Rule
 from redishacks._transport import Hook, connect, connect_async
 from redishacks._units import EXACT, Seconds, seconds
 from redishacks.counters.commands import Amount, Columns, Id, Layout, new_id
-from redishacks.errors import PartlyAppliedError, RedisHacksError, UsageError
+from redishacks.errors import PartlyAppliedError, UsageError
 
 #: Parts of one `incr_many` that go out in one exchange.
 _PARTS_AT_ONCE = 16
@@ -172,14 +178,6 @@ class _Counter(ABC, Generic[T, C]):
             f"{len(items) - len(failed)} of {len(items)} ids were added; {errors[0]}", failed
         )
 
-    def _stopped(self, items: Items, taken: int, error: RedisHacksError) -> None:
-        """Say so when the buffer has taken the first few of many hits before this error."""
-        if taken:
-            raise PartlyAppliedError(
-                f"{taken} of {len(items)} ids were counted; {error}",
-                {_keys.id_shown(raw): error for raw, _ in items[taken:]},
-            ) from error
-
     def _check(self) -> Steps[None]:
         if not self._defined and not self._checked:
             yield from self.layout.check()
@@ -218,7 +216,7 @@ def _in_bulk(hits: Amounts) -> Items | None:
     return [(raw, (amount,)) for raw, amount in zip(raws, amounts, strict=True) if amount]
 
 
-class BufferedCounter(_Counter[Transport, Coalescer]):
+class BufferedCounter(Lingering, _Counter[Transport, Coalescer]):
     """Counts hits in Redis until a `FlushJob` has written them to SQL.
 
     `client` is a `redis.Redis`, a Sentinel master, a `redis.RedisCluster`, a fakeredis client or a
@@ -298,14 +296,7 @@ class BufferedCounter(_Counter[Transport, Coalescer]):
         """
         items = self._items(hits)
         if self._coalescer is not None:
-            taken = 0
-            try:
-                for raw, amounts in items:
-                    self._coalescer.add(raw, amounts)
-                    taken += 1
-            except RedisHacksError as error:
-                self._stopped(items, taken, error)
-                raise
+            self._coalescer.add_all(items)
         elif items:
             drive(self._add_many(items), self.transport, self.deadline)
 
@@ -321,24 +312,8 @@ class BufferedCounter(_Counter[Transport, Coalescer]):
         """Return the ids with the largest pending amounts, hottest first. One round trip."""
         return drive(self._top(count, column), self.transport, self.deadline)
 
-    def send(self) -> None:
-        """Send what lingers now, and wait for the answer; it stays buffered on an error."""
-        if self._coalescer is not None:
-            self._coalescer.send()
 
-    def close(self) -> None:
-        """Send what lingers and stop; raises when it could not be sent within the deadline."""
-        if self._coalescer is not None:
-            self._coalescer.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *raised: object) -> None:
-        self.close()
-
-
-class AsyncBufferedCounter(_Counter[AsyncTransport, AsyncCoalescer]):
+class AsyncBufferedCounter(AsyncLingering, _Counter[AsyncTransport, AsyncCoalescer]):
     """`BufferedCounter` for asyncio, with the same arguments; `client` is from `redis.asyncio`.
 
     With `linger`, hits are sent by a task of the running loop; `asyncio.run` lets it send the rest
@@ -370,14 +345,7 @@ class AsyncBufferedCounter(_Counter[AsyncTransport, AsyncCoalescer]):
         """Add to many ids, as `BufferedCounter.incr_many`."""
         items = self._items(hits)
         if self._coalescer is not None:
-            taken = 0
-            try:
-                for raw, amounts in items:
-                    await self._coalescer.add(raw, amounts)
-                    taken += 1
-            except RedisHacksError as error:
-                self._stopped(items, taken, error)
-                raise
+            await self._coalescer.add_all(items)
         elif items:
             await drive_async(self._add_many(items), self.transport, self.deadline)
 
@@ -390,19 +358,3 @@ class AsyncBufferedCounter(_Counter[AsyncTransport, AsyncCoalescer]):
     ) -> list[tuple[str | bytes, int]]:
         """Return the ids with the largest pending amounts, hottest first. One round trip."""
         return await drive_async(self._top(count, column), self.transport, self.deadline)
-
-    async def send(self) -> None:
-        """Send what lingers now, and wait for the answer; it stays buffered on an error."""
-        if self._coalescer is not None:
-            await self._coalescer.send()
-
-    async def aclose(self) -> None:
-        """Send what lingers and stop; raises when it could not be sent within the deadline."""
-        if self._coalescer is not None:
-            await self._coalescer.aclose()
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(self, *raised: object) -> None:
-        await self.aclose()

@@ -12,7 +12,7 @@ The keys of the name `hits`, series `project:42`, in partition 0:
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 from redishacks import _keys
@@ -79,6 +79,8 @@ class Layout:
         #: Seconds of the finest buckets, or 1 until that is known.
         self.step = 1
         self._ahead = time.time() - clock()
+        #: How far the clock was off that hits went by before the server's was known.
+        self._off = -self._ahead
         self._wanted = wanted
         self._kind = kind
         self._prefix = _keys.check_name(prefix, "prefix")
@@ -107,6 +109,18 @@ class Layout:
     def learn(self, micros: int) -> None:
         """Hear the server's time, in µs."""
         self._ahead = micros / 1e6 - clock()
+
+    def stamp(self) -> str:
+        """Return the bucket of now, as hits have it that are sent later."""
+        return str(self.bucket(self.now())) if self.rungs else f"~{int(self.now())}"
+
+    def bucket(self, when: float) -> int:
+        """Return a moment as all hits of its finest bucket share it."""
+        return int(when // self.step) * self.step
+
+    def stamped(self, stamp: bytes) -> int:
+        """Return the moment of a stamp, by the server's clock."""
+        return int(int(stamp[1:]) + self._off) if stamp.startswith(b"~") else int(stamp)
 
     # What everybody agrees on
 
@@ -154,6 +168,8 @@ class Layout:
             for rung in wanted.values():
                 field = f"a resolution of {rung.step} s"
                 raise self._disagreement(field, "none", f"{rung.retention} s")
+        if not self.rungs:
+            self._off += self._ahead
         self.rungs, self.step = stored, stored[0].step
         return True
 
@@ -205,8 +221,9 @@ class Layout:
             rung = rungs[level]
             coarsest += level == len(rungs) - 1
             keys.append(self.head(key) + b"%d:%d" % (rung.step, pack))
-            words += (str(-(-rung.buckets // 8)), str(rung.ends(pack)), str(len(amounts)))
-            for place, amount in amounts.items():
+            entries = _entries(amounts)
+            words += (str(-(-rung.buckets // 8)), str(rung.ends(pack)), str(len(entries)))
+            for place, amount in entries:
                 words += (str(place), str(amount))
         sequence = ""
         if fence is not None:
@@ -232,7 +249,7 @@ class Layout:
         """Return which hit was refused, or is one of those that were together too much."""
         at, *rest = applied.about
         (level, key, pack), amounts = list(self._places(hits).items())[at - 1]
-        places = {list(amounts)[rest[0] - 1]} if rest else set(amounts)
+        places = {_entries(amounts)[rest[0] - 1][0]} if rest else set(amounts)
         rung = self.rungs[level]
         return next(
             number
@@ -250,6 +267,18 @@ class Layout:
         keys = tuple([head + end for head in heads for end in ends])
         read: Command[Any] = Command(("MGET", *keys), keys, repeatable=True)
         return [read, _time(keys[0])]
+
+
+def _entries(amounts: Mapping[int, int]) -> list[tuple[int, int]]:
+    """Return places and their amounts, in parts that Lua's numbers hold exactly."""
+    found = []
+    for place, amount in amounts.items():
+        while abs(amount) >= EXACT:
+            part = EXACT - 1 if amount > 0 else 1 - EXACT
+            found.append((place, part))
+            amount -= part
+        found.append((place, amount))
+    return found
 
 
 def _applied(reply: list[int]) -> Applied:
