@@ -206,23 +206,22 @@ class Clocked(TimeSeries):
     def __init__(self, url: str, name: str, **options: Any) -> None:
         super().__init__(url, name, **options)
         self.clock = int(time.time()) // DAY * DAY + 2 * DAY
-        write, read = self.layout.write, self.layout.read
+        put = self.layout.put
 
-        def write_then(*args: Any, **more: Any) -> Any:
-            command = write(*args, **more)
+        def put_then(*args: Any, **more: Any) -> Any:
+            command = put(*args, **more)
             words = list(command.args)
             words[3] = f"{self.clock}000000"
             return command._replace(args=tuple(words))
 
-        def read_then(*args: Any) -> Any:
-            found = read(*args)[0]
+        def time_then(key: bytes) -> Any:
             micros = self.clock * 1_000_000
-            return [found, Command(("PING",), found.keys[:1], lambda _: micros, repeatable=True)]
+            return Command(("PING",), (key,), lambda _: micros, repeatable=True)
 
         self.layout.now = lambda: self.clock  # type: ignore[method-assign]
         self.layout.learn = self.learns  # type: ignore[method-assign]
-        self.layout.write = write_then  # type: ignore[method-assign]
-        self.layout.read = read_then  # type: ignore[method-assign,assignment]
+        self.layout.put = put_then  # type: ignore[method-assign]
+        self.layout.time_of = time_then  # type: ignore[method-assign]
 
     def learns(self, micros: int) -> None:
         """Hear the time of the server; that of its real clock is of no interest."""
@@ -551,13 +550,14 @@ def test_asyncio(url: str, prefix: str) -> None:
 
 
 def test_whoever_writes_first_decides(url: str, prefix: str) -> None:
-    """Others take what is there, or are refused when they ask for something else."""
+    """Others take what is there, and are refused when they ask for something else."""
     first = TimeSeries(url, "hits", prefix=prefix, resolutions=[(5, HOUR), (30, DAY)])
     first.incr("a")
     anybody = TimeSeries(url, "hits", prefix=prefix)
     anybody.incr("a")
     assert [rung.step for rung in anybody.layout.rungs] == [5, 30]
-    for wrong in ([(5, HOUR)], [(5, HOUR), (30, 2 * DAY)], [(5, HOUR), (30, DAY), (60, DAY)]):
+    TimeSeries(url, "hits", prefix=prefix, resolutions=[(5, HOUR)]).incr("a")
+    for wrong in ([(5, DAY)], [(5, HOUR), (30, 2 * DAY)], [(5, HOUR), (30, DAY), (60, DAY)]):
         other = TimeSeries(url, "hits", prefix=prefix, resolutions=wrong)
         with pytest.raises(UsageError, match="is in use with a resolution of"):
             other.incr("a")

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import overload
+from decimal import Decimal
+from typing import TypeAlias, overload
+
+#: What a point may be; `Decimal` for gauges of a fixed scale.
+Number: TypeAlias = int | float | Decimal
 
 #: Bars of a sparkline, from nothing to the most.
 _BARS = " ▁▂▃▄▅▆▇█"
@@ -33,11 +37,11 @@ class Total(int):
     __str__ = int.__repr__
 
 
-class Series(Sequence[tuple[int, int | None]]):
+class Series(Sequence[tuple[int, Number | None]]):
     """Points (time, value) in the order of time; a value is None where nothing is known."""
 
     def __init__(
-        self, times: Sequence[int], end: int, values: Sequence[int | None], *, resolution: int,
+        self, times: Sequence[int], end: int, values: Sequence[Number | None], *, resolution: int,
         complete: bool, first_partial: bool, last_partial: bool,
     ) -> None:  # fmt: skip
         #: When each point begins, in seconds since 1970; the last one ends at `end`.
@@ -55,23 +59,23 @@ class Series(Sequence[tuple[int, int | None]]):
         return len(self.values)
 
     @overload
-    def __getitem__(self, index: int) -> tuple[int, int | None]: ...
+    def __getitem__(self, index: int) -> tuple[int, Number | None]: ...
     @overload
-    def __getitem__(self, index: slice) -> list[tuple[int, int | None]]: ...
+    def __getitem__(self, index: slice) -> list[tuple[int, Number | None]]: ...
     def __getitem__(
         self, index: int | slice
-    ) -> tuple[int, int | None] | list[tuple[int, int | None]]:
+    ) -> tuple[int, Number | None] | list[tuple[int, Number | None]]:
         if isinstance(index, slice):
             return list(zip(self.times[index], self.values[index], strict=True))
         return self.times[index], self.values[index]
 
-    def __iter__(self) -> Iterator[tuple[int, int | None]]:
+    def __iter__(self) -> Iterator[tuple[int, Number | None]]:
         return zip(self.times, self.values, strict=True)
 
     def __repr__(self) -> str:
         return f"<Series of {len(self)} points {self.sparkline(40)}>"
 
-    def sum(self) -> int:
+    def sum(self) -> Number:
         """Return the sum of what is known."""
         return sum(value for value in self.values if value)
 
@@ -87,10 +91,10 @@ class Series(Sequence[tuple[int, int | None]]):
         )
 
 
-def _grouped(values: Sequence[int | None], most: int) -> list[float | None]:
+def _grouped(values: Sequence[Number | None], most: int) -> list[float | None]:
     size = max(1, -(-len(values) // max(1, most)))
     found: list[float | None] = []
     for start in range(0, len(values), size):
-        known = [value for value in values[start : start + size] if value is not None]
+        known = [float(value) for value in values[start : start + size] if value is not None]
         found.append(sum(known) / len(known) if known else None)
     return found
