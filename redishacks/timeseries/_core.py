@@ -45,7 +45,7 @@ SKEW = 60
 #: Partitions of a name on a cluster, unless told otherwise.
 _CLUSTER_PARTITIONS = 64
 #: Tries to ask for a moment that is passing, or by a clock that is not known yet.
-_TRIES = 5
+TRIES = 5
 
 
 class Draft(NamedTuple):
@@ -87,8 +87,9 @@ class Core(ABC, Generic[T, C]):
         connected = connected.bare
         if partitions is None:
             partitions = _CLUSTER_PARTITIONS if connected.clustered else 1
-        given = None if resolutions is None else ladder(resolutions)
-        self.layout = layout = Batcher(prefix, name, self._kept(), partitions, given)
+        kind = self._kept()
+        given = None if resolutions is None else ladder(resolutions, packed=kind.packed)
+        self.layout = layout = Batcher(prefix, name, kind, partitions, given)
         self._coalescer: C | None = None
         if linger is not None:
 
@@ -133,7 +134,7 @@ class Core(ABC, Generic[T, C]):
             yield from self._many([draft])
             return
         layout = self.layout
-        for _ in range(_TRIES):
+        for _ in range(TRIES):
             if not layout.agreed:
                 yield from layout.agree()
             begins = layout.begins(layout.now())
@@ -214,8 +215,8 @@ class Core(ABC, Generic[T, C]):
         self, raws: Sequence[bytes], start: Instant, end: Instant | None, strict: bool = False
     ) -> Steps[tuple[Plan, list[list[Any]]]]:
         """Read what the planner chooses for a range: for each series a bucket or a key per tile."""
-        low, high = _range(start, end)
-        for _ in range(_TRIES):
+        low, high = range_of(start, end)
+        for _ in range(TRIES):
             made, now = yield from self._plan(low, high)
             found = yield from self._read(raws, made.tiles, now)
             if found is not None:
@@ -315,8 +316,8 @@ class Core(ABC, Generic[T, C]):
     ) -> Steps[tuple[Frame, list[Any]]]:
         """Read the buckets that points are made of."""
         raw, place = _keys.id_bytes(key, "series"), _calendar.zone(tz)
-        low, high = _range(start, end)
-        for _ in range(_TRIES):
+        low, high = range_of(start, end)
+        for _ in range(TRIES):
             rungs = yield from self.layout.look()
             now = int(self.layout.now())
             made = frame(rungs, low, high, step, place, now)
@@ -331,7 +332,7 @@ class Core(ABC, Generic[T, C]):
         )
 
 
-def _range(start: Instant, end: Instant | None) -> tuple[int, int | None]:
+def range_of(start: Instant, end: Instant | None) -> tuple[int, int | None]:
     """Return a range in whole seconds since 1970; no end is now."""
     low = int(instant(start, "start"))
     if end is None:

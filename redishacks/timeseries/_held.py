@@ -35,6 +35,10 @@ class Batcher(Layout):
         """Why a hit is refused for good."""
         return f"it is older than all that is kept, or {self.kind.limit}"
 
+    def stamp(self) -> str:
+        """Return the bucket of now."""
+        return str(self.begins(self.now())) if self.rungs else f"~{int(self.now())}"
+
     def label(self, stamp: str, key: bytes, member: bytes) -> bytes:
         """Return a hit's id in the buffer."""
         return b"%b:%d:%b%b" % (stamp.encode(), len(key), key, member)
@@ -58,7 +62,11 @@ class Batcher(Layout):
 
     def _hit(self, label: bytes, amounts: Sequence[Any]) -> Hit:
         stamp, key, member = self._parsed(label)
-        return Hit(key, self.stamped(stamp), tuple(amounts), member)
+        if stamp.startswith(b"~"):  # by a clock that was not the server's
+            off = self.off
+            when, noted = int(int(stamp[1:]) + off), self.kind.later(tuple(amounts), off)
+            return Hit(key, when, noted, member)
+        return Hit(key, int(stamp), tuple(amounts), member)
 
     def hit(self, times: int) -> Amounts:
         """Return the amounts of a plain hit that came so many times."""

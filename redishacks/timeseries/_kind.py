@@ -59,6 +59,10 @@ class Kind(ABC):
     def merged(self, first: Amounts, then: Amounts) -> Amounts:
         """Return two amounts as one."""
 
+    def later(self, amounts: Amounts, seconds: float) -> Amounts:
+        """Return amounts as they are when the clock they went by is so far behind."""
+        return amounts
+
     @abstractmethod
     def words(self, place: int, member: bytes, amounts: Amounts) -> list[tuple[str | bytes, ...]]:
         """Return what the script is told of a hit: entries of its words."""

@@ -81,7 +81,7 @@ class Layout:
         self.step = 1
         self._ahead = time.time() - clock()
         #: How far the clock was off that hits went by before the server's was known.
-        self._off = -self._ahead
+        self.off = -self._ahead
         #: When that was read, in seconds of the server's clock.
         self._viewed = 0.0
         self._wanted = wanted
@@ -111,17 +111,9 @@ class Layout:
         """Hear the server's time, in µs."""
         self._ahead = micros / 1e6 - clock()
 
-    def stamp(self) -> str:
-        """Return the bucket of now, as hits have it that are sent later."""
-        return str(self.begins(self.now())) if self.rungs else f"~{int(self.now())}"
-
     def begins(self, when: float) -> int:
         """Return a moment as all hits of its finest bucket share it."""
         return int(when // self.step) * self.step
-
-    def stamped(self, stamp: bytes) -> int:
-        """Return the moment of a stamp, by the server's clock."""
-        return int(int(stamp[1:]) + self._off) if stamp.startswith(b"~") else int(stamp)
 
     def time_of(self, key: bytes) -> Command[int]:
         """Read the time of the server that has a key, in µs."""
@@ -142,7 +134,7 @@ class Layout:
         """
         while not self.agreed and not (yield from self._known()):
             try:
-                yield from ask(self.define(self._wanted or ladder(self.kind.usual)))
+                yield from ask(self.define(self._wanted or self._usual()))
             except _BehindError:
                 continue  # somebody else was the first just now
 
@@ -150,7 +142,7 @@ class Layout:
         """Return the resolutions for a read: those in use, else those that would be."""
         if self.agreed or (yield from self._known()):
             return self.rungs
-        return self._wanted or ladder(self.kind.usual)
+        return self._wanted or self._usual()
 
     def _known(self) -> Steps[bool]:
         """Learn what is in use; False when nobody has written yet."""
@@ -175,11 +167,14 @@ class Layout:
                     f"{given.retention} s",
                 )
         if not self.rungs:
-            self._off += self._ahead
+            self.off += self._ahead
         self.rungs = tuple(rung for _, rung in sorted(stored.items()))
         self.step = self.rungs[0].step
         self._viewed = self.now()
         return True
+
+    def _usual(self) -> Ladder:
+        return ladder(self.kind.usual, packed=self.kind.packed)
 
     def until(self) -> int:
         """Return until when, in µs, hits may be written that went by what is known now.
@@ -191,7 +186,7 @@ class Layout:
     def define(self, rungs: Ladder) -> Command[None]:
         """Note down what everybody agrees on, or fail because somebody else has."""
         fields = self._fixed()
-        fields |= {f"r {r.step}": f"{r.retention} {r.buckets} {r.since}" for r in rungs}
+        fields |= {f"r {r.step}": " ".join(map(str, r[1:])) for r in rungs}
 
         def parse(reply: list[bytes]) -> None:
             if reply:

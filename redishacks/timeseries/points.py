@@ -23,10 +23,15 @@ class Total(int):
     resolution: int
     #: False when a part of the range has expired, or its fine buckets have.
     complete: bool
+    #: Relative standard error of an estimate; 0 of a sum.
+    error: float
 
-    def __new__(cls, value: int, start: int, end: int, resolution: int, complete: bool) -> Total:
+    def __new__(
+        cls, value: int, start: int, end: int, resolution: int, complete: bool, error: float = 0.0
+    ) -> Total:
         """Make one."""
         made = super().__new__(cls, value)
+        made.error = error
         made.start, made.end, made.resolution, made.complete = start, end, resolution, complete
         return made
 
