@@ -17,6 +17,8 @@ Id = str | int | bytes
 MAX_ID = 2048
 
 _UNSAFE_BYTE = re.compile(r"[%{}\x00-\x1f\x7f-\xff]")
+_QUOTED = re.compile(rb"%([0-9A-F]{2})")
+_GLOB = re.compile(r"([*?\[\]\\])")
 _UNSAFE = re.compile(r"[%{}\x00-\x1f\x7f]")
 
 
@@ -48,6 +50,16 @@ def quote_bytes(raw: bytes) -> str:
         return quote(raw.decode())
     except UnicodeDecodeError:
         return _UNSAFE_BYTE.sub(lambda found: f"%{ord(found[0]):02X}", raw.decode("latin-1"))
+
+
+def unquote_bytes(quoted: bytes) -> bytes:
+    """Return the key that `quote_bytes` made this of."""
+    return _QUOTED.sub(lambda found: bytes((int(found[1], 16),)), quoted)
+
+
+def literal(text: str) -> str:
+    """Return a pattern for SCAN that matches this text alone."""
+    return _GLOB.sub(r"\\\1", text)
 
 
 def id_bytes(value: Id, what: str = "id") -> bytes:

@@ -136,6 +136,10 @@ AMOUNTS = [
 ]
 
 
+#: No fence, any time, the clock of the server, one key.
+_FRAME = ("", "0", str(2**53), "", "1", "60")
+
+
 @settings(max_examples=150, deadline=None)
 @given(
     buckets=st.sampled_from([1, 7, 8, 9, 360, 361]),
@@ -156,13 +160,20 @@ def test_a_packed_key_is_a_dictionary(
             for start in range(0, len(hits), max(1, size)):
                 some = hits[start : start + size]
                 words = tuple(str(word) for hit in some for word in hit)
-                args = ("", "0", str(2**53), "", "1", str(-(-buckets // 8)), far, str(len(some)))
-                command: Command[Any] = Command(
-                    (*args, *words), (key,), script=script("series_add")
-                )
+                args: tuple[str, ...] = (*_FRAME, str(-(-buckets // 8)), far)
+                args += (str(len(some)), *words)
+                command: Command[Any] = Command(args, (key,), script=script("series_add"))
                 assert transport.call(command, 5.0)[0] == 1
                 for place, amount in some:
                     expected[place] = expected.get(place, 0) + amount
+    cleared = data.draw(st.lists(st.integers(0, buckets - 1), unique=True, max_size=20))
+    for place in cleared:
+        amount = -expected.get(place, 0)
+        if abs(amount) < 2**53:
+            args = (*_FRAME, str(-(-buckets // 8)), far, "1", str(place), f"{amount}!")
+            command = Command(args, (key,), script=script("series_add"))
+            assert transport.call(command, 5.0)[0] == 1
+            expected.pop(place, None)
     stored: Command[bytes] = Command(("GET", key), (key,))
     packed = Packed(transport.call(stored, 5.0), buckets)
     assert list(packed.spread(0, buckets)) == [expected.get(i, 0) for i in range(buckets)]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeVar
 
@@ -42,8 +41,6 @@ _SHOWN, _TOLD = 10, 1000
 _KINDS = {"lock": "lock", "semaphore": "permits", "rwlock": "rw"}
 
 _HEAD = ("name", "kind", "held by", "for", "left", "fence", "waiting")
-
-_GLOB = re.compile(r"([*?\[\]\\])")
 
 
 class _Lock(NamedTuple):
@@ -117,7 +114,7 @@ class _At(NamedTuple):
         """Find the locks whose names begin so: held ones, and some that are only remembered."""
         kinds = {rest: kind for kind, rest in _KINDS.items()}
         prefix = _keys.check_name(self.prefix, "prefix")
-        pattern = _GLOB.sub(r"\\\1", f"{prefix}:{TOOL}:{{") + "*"
+        pattern = _keys.literal(f"{prefix}:{TOOL}:{{") + "*"
         seen: set[bytes] = set()
         cursor = b"0"
         while True:

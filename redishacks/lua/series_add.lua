@@ -3,7 +3,8 @@
 -- Call form and replies: series_frame.lua. KEYS: packed keys, strings as series_packed.lua has them,
 --   of 1, 2 or 4 bytes a value, the highest first; 8 bytes are a signed number.
 -- size  bytes of the bitmap
--- entry  place amount: which bucket of the key, from 0, and an integer to 2^53
+-- entry  place amount: which bucket of the key, from 0, and an integer to 2^53; with a "!" behind it
+--   a bucket that comes to 0 has no value any more
 
 --@ include series_packed
 
@@ -19,7 +20,7 @@ local function widen(s, size, width)
 end
 
 -- The key with an amount added, and what differs and where if that is all; nil if it passes 2^63.
-local function add(s, size, place, amount)
+local function add(s, size, place, amount, clears)
   local cell, bit = bit_of(place)
   local bits, width = byte(s, cell), byte(s, 1)
   local there, grown = bits % (2 * bit) >= bit, false
@@ -27,6 +28,9 @@ local function add(s, size, place, amount)
   local from, value = 2 + size + at * width, nil
   if width < 8 then
     local sum = (there and decode(CODE[width], s, from) or 0) + amount
+    if clears and sum == 0 then
+      return there and drop(s, cell, bits, bit, from) or s
+    end
     local needs = (sum < 0 or sum >= HALF) and 8 or sum >= 65536 and 4 or sum >= 256 and 2 or 1
     if needs > width then
       s, width, grown = widen(s, size, needs), needs, true
@@ -42,6 +46,8 @@ local function add(s, size, place, amount)
     value = halves(high + math.floor(amount / HALF), low + amount % HALF)
     if not value then
       return nil
+    elseif clears and value == '\0\0\0\0\0\0\0\0' then
+      return there and drop(s, cell, bits, bit, from) or s
     end
   end
   return put(s, there, cell, bits, bit, from, value), there and not grown and from, value
@@ -51,11 +57,15 @@ return run(2, function(key, at, count, size, expires)
   local old = call('GET', key)
   local s, from, value = old or char(1) .. string.rep('\0', size), nil, nil
   for j = 1, count do
-    s, from, value = add(s, size, tonumber(ARGV[at]), tonumber(ARGV[at + 1]))
+    local amount, clears = ARGV[at + 1], false
+    if sub(amount, -1) == '!' then
+      amount, clears = sub(amount, 1, -2), true
+    end
+    s, from, value = add(s, size, tonumber(ARGV[at]), tonumber(amount), clears)
     if not s then
       return nil, j
     end
     at = at + 2
   end
-  return written(key, old, s, expires, count == 1 and from, value)
+  return written(key, old, s, size, expires, count == 1 and from, value)
 end)

@@ -2,15 +2,22 @@
 --
 -- Call form and replies: series_frame.lua. KEYS: HyperLogLogs, one bucket each.
 -- size  not used
--- entry  member
+-- entry  member whole: with whole = '1' it is a HyperLogLog, all of whose members are meant; then
+--   there must be a fence, whose key holds it for as long as the script runs
 
 --@ include series_frame
 
-return run(1, function(key, at, count, _, expires)
+return run(2, function(key, at, count, _, expires, _, fence)
   local old = call('EXISTS', key) == 1
-  local members = {unpack(ARGV, at, at + count - 1)}
   return function()
-    call('PFADD', key, unpack(members))
+    for first = at, at + 2 * (count - 1), 2 do
+      if ARGV[first + 1] == '1' then
+        call('SET', fence, ARGV[first])
+        call('PFMERGE', key, fence)
+      else
+        call('PFADD', key, ARGV[first])
+      end
+    end
     if not old then
       call('PEXPIREAT', key, at_once(expires))
     end

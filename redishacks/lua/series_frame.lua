@@ -1,10 +1,10 @@
 -- How every script begins and ends that writes to series: included by them, they say only `change`.
 --
 -- EVALSHA sha n bucket [bucket ...] [fence]
---         sequence earliest latest now coarsest  {size expires count {entry} ...} ...
+--         sequence earliest latest now coarsest keep  {size expires count {entry} ...} ...
 -- KEYS     what holds a bucket, or several, of one resolution; the last `coarsest` of them of the
 --          coarsest. TTL until `expires`, set when the key is made
--- KEYS[last] when sequence is not '': the producer's fence: string, last sequence seen; TTL 24 h
+-- KEYS[last] when sequence is not '': the producer's fence: string, last sequence seen; TTL `keep` s
 -- sequence  '' or a number that grows with every send of this producer
 -- earliest, latest  µs since 1970: nothing is done before the one, or from the other on
 -- now       '', or µs since 1970 for tests
@@ -16,8 +16,8 @@
 
 local call, byte, sub, find, char = redis.call, string.byte, string.sub, string.find, string.char
 
--- change(key, at, count, size, expires) looks at `count` entries of `words` words each, from ARGV[at]
--- on, and returns a function that writes them; or nil and which of them is refused.
+-- change(key, at, count, size, expires, now, fence) looks at `count` entries of `words` words each,
+-- from ARGV[at] on, and returns a function that writes them; or nil and which of them is refused.
 local function run(words, change)
   local sequence, keys, fence = ARGV[1], #KEYS, nil
   if sequence ~= '' then
@@ -35,12 +35,12 @@ local function run(words, change)
     return {-1, now}
   end
   -- Every check comes before the first write: scripts do not roll back.
-  local writes, at, fine = {}, 6, keys - ARGV[5]
+  local writes, at, fine = {}, 7, keys - ARGV[5]
   for i = 1, keys do
     local size, expires, count = tonumber(ARGV[at]), tonumber(ARGV[at + 1]), tonumber(ARGV[at + 2])
     at = at + 3
     if expires * 1000000 > now then
-      local write, refused = change(KEYS[i], at, count, size, expires, now)
+      local write, refused = change(KEYS[i], at, count, size, expires, now, fence)
       if refused then
         return {-2, now, i, refused}
       end
@@ -54,7 +54,7 @@ local function run(words, change)
     write()
   end
   if fence then
-    call('SET', fence, sequence, 'EX', 86400)
+    call('SET', fence, sequence, 'EX', ARGV[6])
   end
   return {1, now}
 end

@@ -53,10 +53,17 @@ local function halves(high, low)
   return encode('>i4I4', high, low)
 end
 
+-- The string without a bucket's value.
+local function drop(s, cell, bits, bit, from)
+  return sub(s, 1, cell - 1) .. char(bits - bit) .. sub(s, cell + 1, from - 1) .. sub(s, from + byte(s, 1))
+end
+
 -- What writes a key's new string; `from` and `value` when that is all that differs from the old.
-local function written(key, old, s, expires, from, value)
+local function written(key, old, s, size, expires, from, value)
   return function()
-    if old and from then
+    if #s == 1 + size then
+      call('DEL', key)
+    elseif old and from then
       call('SETRANGE', key, from - 1, value)
     elseif old then
       call('SET', key, s, 'KEEPTTL')

@@ -40,5 +40,5 @@ return run(8, function(key, at, count, size, expires, now)
     from = there and from
     at = at + 8
   end
-  return written(key, old, s, expires, count == 1 and from, value)
+  return written(key, old, s, size, expires, count == 1 and from, value)
 end)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import AsyncIterator, Iterable, Iterator
 from typing import Any, TypeVar
 
 from redishacks._buffer import Buffer
@@ -11,9 +11,15 @@ from redishacks._drive import AsyncTransport, Transport, drive, drive_async
 from redishacks._keys import Id
 from redishacks._linger import AsyncCoalescer, AsyncLingering, Coalescer, Lingering
 from redishacks._transport import Hook, connect, connect_async
-from redishacks._units import Instant
+from redishacks._units import Instant, Seconds
+from redishacks.timeseries._contents import Scan
 from redishacks.timeseries._core import Core, Draft
+from redishacks.timeseries._delete import delete
+from redishacks.timeseries._grow import add_resolution
+from redishacks.timeseries._merge import merge
+from redishacks.timeseries._transfer import Format, Writer, add_all, rows_of
 from redishacks.timeseries.plan import Plan
+from redishacks.timeseries.resolution import Resolution
 
 R = TypeVar("R")
 
@@ -56,6 +62,64 @@ class SyncSeries(Lingering, Core[Transport, Coalescer]):
         """Return what is read for a range: which buckets of which resolution, how many bytes."""
         return self._ask(self._explain(key, start, end))
 
+    def keys(self, match: str | None = None) -> Iterator[str | bytes]:
+        """Iterate over the series that have something, in no order; `match` is a glob pattern.
+
+        Scans the keys of every node, a thousand per round trip; those that come and go meanwhile
+        may be there or not.
+        """
+        scan = Scan(self.layout, match)
+        while (page := self._ask(scan.page())) is not None:
+            yield from page
+
+    def merge(self, source: Id, target: Id) -> None:
+        """Add all of a series to another one, and leave nothing of it.
+
+        Until it is done, what is on its way is in neither. Stopped at any point, it comes to its
+        end with the next `merge` of the source, and nothing is lost or counted twice. Some round
+        trips, and one for each day of data.
+        """
+        self._ask(merge(self.layout, source, target))
+
+    def delete(self, key: Id, start: Instant, end: Instant) -> None:
+        """Delete what was counted from `start` to before `end`, in every resolution.
+
+        Both are multiples of the finest resolution. Raises `RetentionError`, and deletes nothing,
+        where one is in the middle of a bucket of which nothing finer is there any more. A few round
+        trips.
+        """
+        self._ask(delete(self.layout, key, start, end))
+
+    def export(
+        self, keys: Iterable[Id] | None = None, *, format: Format = "jsonl"
+    ) -> Iterator[str]:
+        """Write series out, all by default: iterates over lines of JSON or CSV, without ends.
+
+        A line has a series, a bucket's step and its time in seconds, and what is in it; names are
+        percent-encoded where they are no plain text. A round trip for a thousand keys.
+        """
+        writer = Writer(format)
+        for key in self.keys() if keys is None else keys:
+            yield from writer.lines(self._ask(rows_of(self.layout, key)))
+
+    def import_(self, lines: Iterable[str], *, token: str | None = None) -> int:
+        """Add what `export` has written to what is there; returns how many rows it was.
+
+        What has expired is left out. With a `token` of your own it can be repeated after an error,
+        for a day, and counts once. One round trip for 500 rows.
+        """
+        return self._ask(add_all(self.layout, lines, token))
+
+    def add_resolution(
+        self, resolution: Resolution | tuple[Seconds, Seconds], *, since: Instant | None = None
+    ) -> int:
+        """Add a resolution to those in use; returns since when it is read, in seconds since 1970.
+
+        That is in some minutes: by then all who write know of it. Nobody need be restarted. Raises
+        `UsageError` where it does not fit in with the others.
+        """
+        return self._ask(add_resolution(self.layout, resolution, since))
+
 
 class AsyncSeries(AsyncLingering, Core[AsyncTransport, AsyncCoalescer]):
     """`SyncSeries` for asyncio, with the same arguments; `client` is from `redis.asyncio`."""
@@ -85,3 +149,38 @@ class AsyncSeries(AsyncLingering, Core[AsyncTransport, AsyncCoalescer]):
     async def explain(self, key: Id, start: Instant, end: Instant | None = None) -> Plan:
         """Return what is read for a range, as `SyncSeries.explain`."""
         return await self._ask(self._explain(key, start, end))
+
+    async def keys(self, match: str | None = None) -> AsyncIterator[str | bytes]:
+        """Iterate over the series that have something, as `SyncSeries.keys`."""
+        scan = Scan(self.layout, match)
+        while (page := await self._ask(scan.page())) is not None:
+            for key in page:
+                yield key
+
+    async def merge(self, source: Id, target: Id) -> None:
+        """Add all of a series to another one, as `SyncSeries.merge`."""
+        await self._ask(merge(self.layout, source, target))
+
+    async def delete(self, key: Id, start: Instant, end: Instant) -> None:
+        """Delete what was counted in a range, as `SyncSeries.delete`."""
+        await self._ask(delete(self.layout, key, start, end))
+
+    async def export(
+        self, keys: Iterable[Id] | None = None, *, format: Format = "jsonl"
+    ) -> AsyncIterator[str]:
+        """Write series out, as `SyncSeries.export`."""
+        writer = Writer(format)
+        some = [key async for key in self.keys()] if keys is None else keys
+        for key in some:
+            for line in writer.lines(await self._ask(rows_of(self.layout, key))):
+                yield line
+
+    async def import_(self, lines: Iterable[str], *, token: str | None = None) -> int:
+        """Add what `export` has written to what is there, as `SyncSeries.import_`."""
+        return await self._ask(add_all(self.layout, lines, token))
+
+    async def add_resolution(
+        self, resolution: Resolution | tuple[Seconds, Seconds], *, since: Instant | None = None
+    ) -> int:
+        """Add a resolution to those in use, as `SyncSeries.add_resolution`."""
+        return await self._ask(add_resolution(self.layout, resolution, since))

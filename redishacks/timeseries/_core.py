@@ -26,22 +26,20 @@ from redishacks.errors import (
     PartlyAppliedError,
     RedisHacksError,
     RetentionError,
-    UnavailableError,
     UsageError,
 )
 from redishacks.timeseries import _calendar
 from redishacks.timeseries._frame import Frame, frame
 from redishacks.timeseries._held import Batcher, Uncounted
 from redishacks.timeseries._kind import Amounts, Hit, Kind
-from redishacks.timeseries.commands import Applied
+from redishacks.timeseries._range import range_of
+from redishacks.timeseries.commands import SKEW, Applied, Folded
 from redishacks.timeseries.plan import Plan, Tile, plan
 from redishacks.timeseries.resolution import Resolution, ladder
 
 T = TypeVar("T", bound=Transport | AsyncTransport)
 C = TypeVar("C", bound=Coalescer | AsyncCoalescer)
 
-#: A hit may be so many seconds ahead of the server's clock.
-SKEW = 60
 #: Partitions of a name on a cluster, unless told otherwise.
 _CLUSTER_PARTITIONS = 64
 #: Tries to ask for a moment that is passing, or by a clock that is not known yet.
@@ -140,12 +138,13 @@ class Core(ABC, Generic[T, C]):
             begins = layout.begins(layout.now())
             hit = Hit(key, begins, amounts, member)
             window = begins * 1_000_000, min((begins + layout.step) * 1_000_000, layout.until())
-            applied = yield layout.write([hit], window)
+            folded = layout.folded([hit])
+            applied = yield layout.put(folded, window=window)
             layout.learn(applied.now)
             if applied.code != -1:
-                self._check([hit], applied)
+                self._check([hit], folded, applied)
                 return
-        raise self._late()
+        raise self.layout.late()
 
     def _many(self, drafts: Sequence[Draft]) -> Steps[None]:
         """Count many things, in parts; raises as `incr_many` says."""
@@ -157,17 +156,17 @@ class Core(ABC, Generic[T, C]):
             Hit(key, int(now if at is None else instant(at, "at")), amounts, member)
             for key, amounts, at, member in drafts
         ]
-        parts = [part for _, part in layout.cut(hits, lambda hit: hit.key)]
+        parts = [(part, layout.folded(part)) for _, part in layout.cut(hits, lambda hit: hit.key)]
         commands = []
-        for part in parts:
+        for part, folded in parts:
             earliest = (max(hit.time for hit in part) - SKEW) * 1_000_000
-            commands.append(layout.write(part, (earliest, layout.until())))
+            commands.append(layout.put(folded, window=(earliest, layout.until())))
         failed: dict[str | bytes, Exception] = {}
-        for part, outcome in zip(parts, (yield from ask_all(commands)), strict=True):
+        for (part, folded), outcome in zip(parts, (yield from ask_all(commands)), strict=True):
             try:
                 applied = outcome.result()
                 layout.learn(applied.now)
-                self._check(part, applied)
+                self._check(part, folded, applied)
             except RedisHacksError as error:
                 failed.update((_keys.id_shown(hit.key), error) for hit in part)
         if not failed:
@@ -177,7 +176,7 @@ class Core(ABC, Generic[T, C]):
             raise errors[0]
         raise PartlyAppliedError(f"not all hits were added; {errors[0]}", failed)
 
-    def _check(self, hits: Sequence[Hit], applied: Applied) -> None:
+    def _check(self, hits: Sequence[Hit], folded: Folded, applied: Applied) -> None:
         """Raise when hits were refused."""
         if applied.code >= 0:
             return
@@ -185,12 +184,12 @@ class Core(ABC, Generic[T, C]):
             latest = max(hits, key=lambda hit: hit.time)
             ahead = latest.time - applied.now // 1_000_000
             if ahead <= SKEW:
-                raise self._late()
+                raise self.layout.late()
             raise UsageError(
                 f"series {_shown(latest)}: {latest.time} is in the future, by the server's clock "
                 f"{ahead} s; at most {SKEW} s are accepted"
             )
-        hit = hits[self.layout.blamed(hits, applied)]
+        hit = hits[self.layout.blamed(hits, folded, applied)]
         if applied.code == -2:
             raise UsageError(f"series {_shown(hit)}: {self.layout.kind.limit}; nothing was added")
         raise UsageError(f"series {_shown(hit)}: {hit.time} is older than all that is kept")
@@ -222,7 +221,7 @@ class Core(ABC, Generic[T, C]):
             if found is not None:
                 self._exact(made, low, strict)
                 return made, found
-        raise self._late()
+        raise self.layout.late()
 
     def _plan(self, low: int, high: int | None) -> Steps[tuple[Plan, int]]:
         """Plan a range, for the time by which that is right."""
@@ -324,23 +323,7 @@ class Core(ABC, Generic[T, C]):
             found = yield from self._read([raw], made.tiles, now)
             if found is not None:
                 return made, found[0]
-        raise self._late()
-
-    def _late(self) -> UnavailableError:
-        return UnavailableError(
-            f"series {self.layout.full_name}: every answer came too late for its question"
-        )
-
-
-def range_of(start: Instant, end: Instant | None) -> tuple[int, int | None]:
-    """Return a range in whole seconds since 1970; no end is now."""
-    low = int(instant(start, "start"))
-    if end is None:
-        return low, None
-    high = -int(-instant(end, "end") // 1)
-    if high < low:
-        raise UsageError(f"a range begins before it ends, not {start!r} to {end!r}")
-    return low, high
+        raise self.layout.late()
 
 
 def _shown(hit: Hit) -> str:

@@ -84,13 +84,14 @@ class Batcher(Layout):
     def add(self, p: int, items: Items, fence: tuple[str, int]) -> Command[int]:
         """Return the command that sends one part; it replies -n when the n-th hit is refused."""
         hits = [self._hit(*item) for item in items]
-        command = self.write(hits, (0, self.until()), fence=fence)
+        folded = self.folded(hits)
+        command = self.put(folded, fence=fence)
 
         def parse(reply: list[int]) -> int:
             applied: Applied = command.parse(reply)
             self.learn(applied.now)
             if applied.code == -1:
                 raise UnavailableError("it came too late to be sure of the series' resolutions")
-            return applied.code if applied.code >= 0 else -1 - self.blamed(hits, applied)
+            return applied.code if applied.code >= 0 else -1 - self.blamed(hits, folded, applied)
 
         return Command(command.args, command.keys, parse, command.script, command.repeatable)

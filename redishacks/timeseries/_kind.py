@@ -5,6 +5,7 @@ All kinds share the keys, the clock and the planner (commands.py, plan.py); a `K
 
 from __future__ import annotations
 
+import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
@@ -39,6 +40,8 @@ class Kind(ABC):
     usual: ClassVar[Sequence[Resolution]] = DEFAULT
     #: A key holds several buckets; else each has its own.
     packed: ClassVar[bool] = True
+    #: What is in a bucket adds up, so that a part of it can be taken away again.
+    subtracts: ClassVar[bool] = False
     #: Why a hit is refused that comes on top of others.
     limit: ClassVar[str] = "the sum would pass 2^63"
 
@@ -74,6 +77,32 @@ class Kind(ABC):
     @abstractmethod
     def bucket(self, raw: Any, rung: Rung) -> Any:
         """Return what was read as this kind has it, of a key or of None for one not there."""
+
+    # Buckets that are merged, deleted, exported and imported
+
+    @abstractmethod
+    def entries(self, raw: Any, rung: Rung) -> Entries:
+        """Return all that is in a key that was read; nothing for one not there."""
+
+    def less(self, amounts: Amounts) -> Amounts:
+        """Return what takes amounts away, where kinds can."""
+        raise NotImplementedError
+
+    def version(self, raw: Any) -> str:
+        """Return what series_replace.lua knows a key by that was read; '' for one not there."""
+        return hashlib.sha1(raw, usedforsecurity=False).hexdigest() if raw else ""
+
+    def rebuilt(self, entries: Entries, rung: Rung) -> list[str | bytes]:
+        """Return what series_replace.lua is to make a key of; nothing to remove it."""
+        raise NotImplementedError
+
+    @abstractmethod
+    def row(self, member: bytes, amounts: Amounts) -> dict[str, Any]:
+        """Return an entry as an export has it."""
+
+    @abstractmethod
+    def entry(self, row: Mapping[str, Any]) -> tuple[bytes, Amounts]:
+        """Return member and amounts of a row; `KeyError`, `ValueError` for what is none."""
 
     def fold(self, into: Entries, entries: Mapping[tuple[int, bytes], Amounts]) -> None:
         """Add entries to others."""

@@ -55,6 +55,16 @@ def _sparse(raw: bytes) -> bytes:
     return bytes(found)
 
 
+def stored(some: bytes) -> bytes:
+    """Return registers as the server stores them: dense, and with no number noted down."""
+    packed = bytearray()
+    for at in range(0, _REGISTERS, 4):
+        a, b, c, d = some[at : at + 4]
+        packed += (a | b << 6 | c << 12 | d << 18).to_bytes(3, "little")
+    # The highest bit of the noted number says that it is not known.
+    return b"HYLL" + bytes(11) + b"\x80" + packed
+
+
 def united(some: Iterable[bytes]) -> bytes:
     """Return the registers of the union."""
     found = bytes(_REGISTERS)

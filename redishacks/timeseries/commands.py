@@ -7,7 +7,12 @@ The keys of the name `hits`, series `project:42`, in partition 0:
     rh:t1:{hits/0}:s:project:42:10:498611      one bucket of 10 s or several, see the kind's script;
                                                        TTL until the end of the last of them, and
                                                        the retention
-    rh:t1:{hits/0}:f:<producer>                string  last send of a lingering producer; TTL 24 h
+    rh:t1:{hits/0}:f:<producer>                string  last send of a lingering producer; TTL 24 h.
+                                                       Also of a merge (m<batch>), an import
+                                                       (i<token>) and of deletes (d<series>)
+    rh:t1:{hits/0}:n:project:42                hash    a merge of it that is under way, and
+    rh:t1:{hits/0}:m:project:42:<batch>:10:498611      buckets that are; TTLs of the longest
+                                                       retention, and as they were
 """
 
 from __future__ import annotations
@@ -20,8 +25,7 @@ from redishacks import _keys
 from redishacks._clock import clock
 from redishacks._command import Command, Steps, ask, ask_all, script
 from redishacks._slots import partition
-from redishacks._units import EXACT
-from redishacks.errors import UsageError
+from redishacks.errors import ServerError, UnavailableError, UsageError
 from redishacks.timeseries._kind import Entries, Hit, Kind
 from redishacks.timeseries.resolution import Ladder, Rung, ladder
 
@@ -29,6 +33,10 @@ from redishacks.timeseries.resolution import Ladder, Rung, ladder
 TOOL = "t1"
 #: Seconds for which what the record in Redis says is relied on.
 VIEW = 60
+#: A hit may be so many seconds ahead of the server's clock.
+SKEW = 60
+#: Seconds that a producer's fence lives.
+_FENCE = 86_400
 #: Hits of one script: each is in a key per resolution.
 _PART = 500
 
@@ -46,9 +54,9 @@ class Applied(NamedTuple):
 
 
 class Buckets(NamedTuple):
-    """A key with one bucket, or several of one resolution."""
+    """A key with one bucket of a series, or several."""
 
-    level: int
+    rung: Rung
     key: bytes
     pack: int
 
@@ -138,6 +146,10 @@ class Layout:
             except _BehindError:
                 continue  # somebody else was the first just now
 
+    def refresh(self) -> Steps[None]:
+        """Learn what is in use by now."""
+        yield from self._known()
+
     def look(self) -> Steps[Ladder]:
         """Return the resolutions for a read: those in use, else those that would be."""
         if self.agreed or (yield from self._known()):
@@ -183,6 +195,12 @@ class Layout:
         """
         return int(self._viewed + 2 * VIEW) * 1_000_000
 
+    def late(self) -> UnavailableError:
+        """Return the error for what is over each time that it is said."""
+        return UnavailableError(
+            f"series {self.full_name}: every answer came too late for its question"
+        )
+
     def define(self, rungs: Ladder) -> Command[None]:
         """Note down what everybody agrees on, or fail because somebody else has."""
         fields = self._fixed()
@@ -218,34 +236,28 @@ class Layout:
             for start in range(0, len(group), _PART):
                 yield p, group[start : start + _PART]
 
-    def write(
-        self,
-        hits: Sequence[Hit],
-        window: tuple[int, int] = (0, EXACT),
-        fence: tuple[str, int] | None = None,
-    ) -> Command[Applied]:
-        """Add to buckets of one partition, in all resolutions; all of them, or none.
-
-        `window` bounds the server's time, in µs, in which it may be done.
-        """
-        folded = self._folded(hits)
-        last = len(self.rungs) - 1
-        coarsest = sum(buckets.level == last for buckets in folded)
-        return self.put(folded, coarsest, window, fence)
-
     def put(
         self,
         folded: Folded,
-        coarsest: int = 0,
-        window: tuple[int, int] = (0, EXACT),
+        *,
+        window: tuple[int, int] | None = None,
         fence: tuple[str, int] | None = None,
+        keep: int = _FENCE,
+        all_expired: bool = False,
     ) -> Command[Applied]:
-        """Add to keys of one partition; the last `coarsest` of them must not have expired."""
+        """Add to keys of one partition: to all of them, or none. What has expired is left out.
+
+        `window` bounds the server's time, in µs, in which it may be done: by default until what is
+        known of resolutions is too old. The fence lives for `keep` seconds. Unless `all_expired` is
+        right too, what is too old for the coarsest resolution is refused.
+        """
+        earliest, latest = window or (0, self.until())
+        last = self.rungs[-1]
+        coarsest = 0 if all_expired else sum(buckets.rung == last for buckets in folded)
         keys: list[bytes] = []
-        words: list[str | bytes] = ["", str(window[0]), str(window[1]), "", str(coarsest)]
+        words: list[str | bytes] = ["", str(earliest), str(latest), "", str(coarsest), str(keep)]
         entry = self.kind.words
-        for (level, key, pack), entries in folded.items():
-            rung = self.rungs[level]
+        for (rung, key, pack), entries in folded.items():
             keys.append(self.at(key, rung, pack))
             told: list[tuple[str | bytes, ...]] = []
             for (place, member), amounts in entries.items():
@@ -257,30 +269,29 @@ class Layout:
             producer, number = fence
             words[0] = str(number)
             p = self.partition(next(iter(folded)).key)
-            keys.append(self._key(p, "f", producer))
+            keys.append(self._fence(p, producer))
         return Command(
             tuple(words), tuple(keys), _applied, self.kind.script, repeatable=fence is not None
         )
 
-    def _folded(self, hits: Sequence[Hit]) -> Folded:
+    def folded(self, hits: Sequence[Hit]) -> Folded:
         """Return what hits come to in every resolution, the coarsest last."""
         found: Folded = {}
         merged = self.kind.merged
-        for level, rung in enumerate(self.rungs):
+        for rung in self.rungs:
             span, step = rung.span, rung.step
             for key, at, amounts, member in hits:
                 pack, rest = divmod(at, span)
-                entries = found.setdefault(Buckets(level, key, pack), {})
+                entries = found.setdefault(Buckets(rung, key, pack), {})
                 entry = (rest // step, member)
                 held = entries.get(entry)
                 entries[entry] = amounts if held is None else merged(held, amounts)
         return found
 
-    def blamed(self, hits: Sequence[Hit], applied: Applied) -> int:
+    def blamed(self, hits: Sequence[Hit], folded: Folded, applied: Applied) -> int:
         """Return which hit was refused, or is one of those that were together too much."""
         at, *rest = applied.about
-        (level, key, pack), entries = list(self._folded(hits).items())[at - 1]
-        rung = self.rungs[level]
+        (rung, key, pack), entries = list(folded.items())[at - 1]
         told = [
             entry for entry, amounts in entries.items() for _ in self.kind.words(*entry, amounts)
         ]
@@ -292,6 +303,88 @@ class Layout:
             and rung.pack(hit.time) == pack
             and (hit.time % rung.span // rung.step, hit.member) in blamed
         )
+
+    def _fence(self, p: int, producer: str) -> bytes:
+        return self._key(p, "f", producer)
+
+    # Whole series
+
+    @property
+    def longest(self) -> int:
+        """Seconds for which anything is kept."""
+        return self.rungs[-1].retention + self.rungs[-1].group
+
+    def fenced(self, key: bytes, producer: str) -> Command[int]:
+        """Read the last number that a producer sent to a series' partition; 0 for none."""
+        fence = self._fence(self.partition(key), producer)
+        return Command(("GET", fence), (fence,), lambda reply: int(reply or 0), repeatable=True)
+
+    def moved(self, key: bytes, batch: str, rung: Rung, pack: int) -> bytes:
+        """Return where a key of a series is while it is merged into another."""
+        rest = "m", _keys.quote_bytes(key), batch, str(rung.step), str(pack)
+        return self._key(self.partition(key), *rest)
+
+    def _note(self, key: bytes) -> bytes:
+        return self._key(self.partition(key), "n", _keys.quote_bytes(key))
+
+    def move(
+        self, key: bytes, batch: str, target: bytes, packs: Sequence[tuple[Rung, int]]
+    ) -> Command[tuple[str, bytes]]:
+        """Take all buckets of a series away; says which batch is under way, and where it goes."""
+        keys = [self._note(key)]
+        for rung, pack in packs:
+            keys += self.at(key, rung, pack), self.moved(key, batch, rung, pack)
+        args = batch, target, str(self.longest)
+        return Command(args, tuple(keys), _batch, script("series_move"), bulk=True)
+
+    def drop(self, key: bytes, batch: str, packs: Sequence[tuple[Rung, int]]) -> Command[int]:
+        """Drop what was taken away, and the note of it."""
+        moved = [self.moved(key, batch, rung, pack) for rung, pack in packs]
+        keys = (self._note(key), *moved)
+        return Command((batch,), keys, int, script("series_drop"), repeatable=True, bulk=True)
+
+    def fade(self, key: bytes, producer: str) -> Command[int]:
+        """Let a fence live as long as others from now on."""
+        fence = self._fence(self.partition(key), producer)
+        return Command(("EXPIRE", fence, str(_FENCE)), (fence,), repeatable=True)
+
+    def replace(
+        self,
+        replaced: Sequence[tuple[Buckets, str, Sequence[str | bytes]]],
+        removed: Sequence[Buckets],
+    ) -> Command[bool]:
+        """Put keys in the place of those of stated versions, and remove some; or do nothing."""
+        words: list[str | bytes] = []
+        for buckets, version, parts in replaced:
+            expires = buckets.rung.ends(buckets.pack)
+            words += (version, str(expires), str(len(parts)), *parts)
+        every = (*(buckets for buckets, _, _ in replaced), *removed)
+        keys = tuple(self.at(key, rung, pack) for rung, key, pack in every)
+        return Command(tuple(words), keys, bool, script("series_replace"), bulk=True)
+
+    def nodes(self) -> Steps[list[bytes]]:
+        """Return a key on each node that has some of this name."""
+        metas = [self._key(p, "meta") for p in range(self.partitions)]
+        if len(metas) == 1:
+            return metas
+        asked: list[Command[Any]] = [
+            Command(("CLUSTER", "MYID"), (meta,), repeatable=True) for meta in metas
+        ]
+        outcomes = yield from ask_all(asked)
+        if any(isinstance(outcome.error, ServerError) for outcome in outcomes):
+            return metas[:1]  # it is no cluster
+        return list(
+            {outcome.result(): meta for outcome, meta in zip(outcomes, metas, strict=True)}.values()
+        )
+
+    def scan(self, node: bytes, cursor: bytes) -> Command[tuple[bytes, set[bytes]]]:
+        """Read which series have buckets on a node, some at a time."""
+        step = str(self.rungs[-1].step)
+        if any(rung.since for rung in self.rungs):
+            step = "*"  # older ones need not have the coarsest
+        name = _keys.literal(f"{self._prefix}:{TOOL}:{{{self._name}/")
+        args = ("SCAN", cursor, "MATCH", f"{name}*}}:s:*:{step}:*", "COUNT", "1000")
+        return Command(args, (node,), _scanned, repeatable=True)
 
     # Reading
 
@@ -305,6 +398,16 @@ class Layout:
         """Read keys of series of one partition: those of the first series, of the next, …"""
         ends = [b"%d:%d" % (rung.step, pack) for rung, pack in packs]
         return self.kind.read([head + end for head in map(self.head, keys) for end in ends])
+
+
+def _batch(reply: list[bytes]) -> tuple[str, bytes]:
+    return reply[0].decode(), reply[1]
+
+
+def _scanned(reply: tuple[bytes, list[bytes]]) -> tuple[bytes, set[bytes]]:
+    cursor, keys = reply
+    names = (key.partition(b"}:s:")[2].rsplit(b":", 2)[0] for key in keys)
+    return cursor, set(map(_keys.unquote_bytes, names))
 
 
 def _applied(reply: list[int]) -> Applied:

@@ -11,8 +11,9 @@ Every bucket is a HyperLogLog: at most 12 KB however many members, and their num
 
 from __future__ import annotations
 
+import base64
 import datetime as dt
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from redishacks import _keys
@@ -24,9 +25,10 @@ from redishacks._units import Instant
 from redishacks.errors import UsageError
 from redishacks.timeseries import _calendar, _sketch
 from redishacks.timeseries._colours import AsyncSeries, SyncSeries
-from redishacks.timeseries._core import TRIES, C, Core, Draft, T, range_of
+from redishacks.timeseries._core import TRIES, C, Core, Draft, T
 from redishacks.timeseries._frame import frame
-from redishacks.timeseries._kind import Amounts, Kind, mget
+from redishacks.timeseries._kind import Amounts, Entries, Kind, mget
+from redishacks.timeseries._range import range_of
 from redishacks.timeseries.plan import Tile
 from redishacks.timeseries.points import Series, Total
 from redishacks.timeseries.resolution import COARSE, Rung
@@ -34,6 +36,8 @@ from redishacks.timeseries.resolution import COARSE, Rung
 #: A series and a member, and when that was; without a time it was now.
 Item = tuple[Id, Id] | tuple[Id, Id, Instant | None]
 
+#: What a hit's member is: one, or a whole sketch.
+_MEMBER, _WHOLE = 0, 1
 #: The standard error of a HyperLogLog of 16,384 registers.
 ERROR = 0.0081
 
@@ -67,8 +71,8 @@ class Distincts(Kind):
         return first
 
     def words(self, place: int, member: bytes, amounts: Amounts) -> list[tuple[str | bytes, ...]]:
-        """Return the member."""
-        return [(member,)]
+        """Return the member, or a whole sketch that others are in."""
+        return [(member, str(amounts[0]))]
 
     def read(self, keys: Sequence[bytes]) -> list[Command[list[Any]]]:
         """Read them as they are."""
@@ -77,6 +81,26 @@ class Distincts(Kind):
     def bucket(self, raw: Any, rung: Rung) -> Sketch:
         """Return it as it is."""
         return Sketch(raw)
+
+    def entries(self, raw: Any, rung: Rung) -> Entries:
+        """Return the whole sketch."""
+        return {(0, raw): (_WHOLE,)} if raw else {}
+
+    def rebuilt(self, entries: Entries, rung: Rung) -> list[str | bytes]:
+        """Return the union of sketches."""
+        if not entries:
+            return []
+        return [_sketch.stored(_sketch.united(_sketch.registers(raw) for _, raw in entries))]
+
+    def row(self, member: bytes, amounts: Amounts) -> dict[str, Any]:
+        """Return the sketch as text."""
+        return {"sketch": base64.b64encode(member).decode()}
+
+    def entry(self, row: Mapping[str, Any]) -> tuple[bytes, Amounts]:
+        """Return the sketch."""
+        raw = base64.b64decode(row["sketch"], validate=True)
+        _sketch.registers(raw)
+        return raw, (_WHOLE,)
 
 
 class _Seen(Core[T, C]):
@@ -101,7 +125,7 @@ class _Seen(Core[T, C]):
                 self._exact(made, low, strict)
                 covers = made.start, made.end, made.resolution, made.complete
                 return [Total(count, *covers, error=ERROR) for count in counts]
-        raise self._late()
+        raise self.layout.late()
 
     def _counted(
         self, unions: Sequence[tuple[Sequence[bytes], Sequence[Tile]]], now: int
@@ -151,7 +175,7 @@ class _Seen(Core[T, C]):
             counts = yield from self._counted([([raw], tiles) for tiles in points], now)
             if counts is not None:
                 return made.series(counts)
-        raise self._late()
+        raise self.layout.late()
 
 
 def _count(keys: Sequence[bytes]) -> Command[Any]:
@@ -175,7 +199,7 @@ def _draft(item: Item) -> Draft:
     if not isinstance(item, tuple | list) or len(item) not in (2, 3):
         raise UsageError(f"add_many() takes (series, member[, at]), not {item!r}")
     key, member, at = (*item, None)[:3]
-    return Draft(_keys.id_bytes(key, "series"), (1,), at, _keys.id_bytes(member, "member"))
+    return Draft(_keys.id_bytes(key, "series"), (_MEMBER,), at, _keys.id_bytes(member, "member"))
 
 
 class DistinctSeries(_Seen[Transport, Coalescer], SyncSeries):

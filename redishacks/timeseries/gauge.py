@@ -15,7 +15,7 @@ from __future__ import annotations
 import dataclasses
 import datetime as dt
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from decimal import Decimal
 from typing import Any, Literal, NamedTuple
 
@@ -29,7 +29,7 @@ from redishacks.errors import UsageError
 from redishacks.timeseries import _calendar
 from redishacks.timeseries._colours import AsyncSeries, SyncSeries
 from redishacks.timeseries._core import C, Core, Draft, T
-from redishacks.timeseries._kind import Amounts, Kind, mget
+from redishacks.timeseries._kind import Amounts, Entries, Kind, mget
 from redishacks.timeseries._packing import Bitmap
 from redishacks.timeseries.points import Number, Series
 from redishacks.timeseries.resolution import Rung
@@ -122,6 +122,57 @@ class Gauges(Kind):
         """Return a packed key."""
         return Notes(raw, rung.buckets)
 
+    def entries(self, raw: Any, rung: Rung) -> Entries:
+        """Return what its buckets hold."""
+        noted = Notes(raw, rung.buckets).spread(0, rung.buckets)
+        return {(place, b""): one for place, one in enumerate(noted) if one is not None}
+
+    def rebuilt(self, entries: Entries, rung: Rung) -> list[str | bytes]:
+        """Return a packed key."""
+        if not entries:
+            return []
+        present, values = bytearray(self.size(rung)), bytearray()
+        for (place, _), amounts in sorted(entries.items()):
+            present[place // 8] |= 128 >> place % 8
+            values += _RECORD.pack(*amounts)
+        return [bytes((_RECORD.size,)) + present + values]
+
+    def row(self, member: bytes, amounts: Amounts) -> dict[str, Any]:
+        """Return what a bucket holds; times in seconds."""
+        noted = Noted(*amounts)
+        last, least, most, total = map(
+            self.value, (noted.last, noted.least, noted.most, noted.total)
+        )
+        at = noted.when / 1e6
+        return {
+            "last": last, "at": at, "min": least, "max": most, "sum": total, "count": noted.many,
+        }  # fmt: skip
+
+    def entry(self, row: Mapping[str, Any]) -> tuple[bytes, Amounts]:
+        """Return what a bucket holds."""
+        last, least, most = (self.units(Decimal(row[name])) for name in ("last", "min", "max"))
+        total = int(Decimal(row["sum"]).scaleb(self.scale))
+        when = round(float(row["at"]) * 1e6)
+        return b"", Noted(last, when, least, most, total, int(row["count"]))
+
+    def units(self, value: Any) -> int:
+        """Return a value in units of the scale; raises `UsageError`."""
+        finite = isinstance(value, int) or (isinstance(value, Decimal) and value.is_finite())
+        units, over = 0, 1
+        if finite and not isinstance(value, bool):
+            top, bottom = value.as_integer_ratio()
+            units, over = divmod(top * 10**self.scale, bottom)
+        if over or not -EXACT < units < EXACT:
+            raise UsageError(
+                f"a gauge is an int, or a Decimal of at most {self.scale} places (as `scale` "
+                f"says), below 2^53 in these units; not {value!r}"
+            )
+        return units
+
+    def value(self, units: int) -> Number:
+        """Return a value as people know it."""
+        return Decimal(units).scaleb(-self.scale) if self.scale else units
+
 
 class Notes(Bitmap):
     """A packed key of gauges that was read."""
@@ -166,43 +217,26 @@ class _Gauged(Core[T, C]):
     def __init__(self, client: Any, name: str, *, scale: int = 0, **options: Any) -> None:
         if isinstance(scale, bool) or not isinstance(scale, int) or not 0 <= scale <= 15:
             raise UsageError(f"scale is how many decimal places, 0 to 15, not {scale!r}")
-        self._scale = scale
+        self._gauges = Gauges(scale)
         super().__init__(client, name, **options)
 
     def _kept(self) -> Kind:
-        return Gauges(self._scale)
+        return self._gauges
 
     def _draft(self, item: Item) -> Draft:
         if not isinstance(item, tuple | list) or len(item) not in (2, 3):
             raise UsageError(f"set_many() takes (series, value[, at]), not {item!r}")
         key, value, at = (*item, None)[:3]
-        units = self._units(value)
+        units = self._gauges.units(value)
         if at is not None:
             when = int(instant(at, "at") * 1e6)
         else:
             when = _NOW if self._coalescer is None else int(self.layout.now() * 1e6)
         return Draft(_keys.id_bytes(key, "series"), Noted(units, when, units, units, units, 1), at)
 
-    def _units(self, value: Any) -> int:
-        scale = self._scale
-        finite = isinstance(value, int) or (isinstance(value, Decimal) and value.is_finite())
-        units, over = 0, 1
-        if finite and not isinstance(value, bool):
-            top, bottom = value.as_integer_ratio()
-            units, over = divmod(top * 10**scale, bottom)
-        if over or not -EXACT < units < EXACT:
-            raise UsageError(
-                f"a gauge is an int, or a Decimal of at most {scale} places (as `scale` says), "
-                f"below 2^53 in these units; not {value!r}"
-            )
-        return units
-
-    def _value(self, units: int) -> Number:
-        return Decimal(units).scaleb(-self._scale) if self._scale else units
-
     def _mean(self, noted: Noted) -> Number:
-        if self._scale:
-            return Decimal(noted.total).scaleb(-self._scale) / noted.many
+        if scale := self._gauges.scale:
+            return Decimal(noted.total).scaleb(-scale) / noted.many
         return noted.total / noted.many
 
     def _of(self, noted: Noted, of: str) -> Number:
@@ -210,7 +244,7 @@ class _Gauged(Core[T, C]):
             return self._mean(noted)
         if of == "count":
             return noted.many
-        return self._value({"last": noted.last, "min": noted.least, "max": noted.most}[of])
+        return self._gauges.value({"last": noted.last, "min": noted.least, "max": noted.most}[of])
 
     def _reads(
         self, keys: Sequence[Id], start: Instant, end: Instant | None, strict: bool
@@ -227,7 +261,7 @@ class _Gauged(Core[T, C]):
             if noted is None:
                 gauges.append(Gauge(None, None, None, None, None, 0, *covers))
             else:
-                last, least, most = map(self._value, (noted.last, noted.least, noted.most))
+                last, least, most = map(self._gauges.value, (noted.last, noted.least, noted.most))
                 mean = self._mean(noted)
                 at = noted.when / 1e6
                 gauges.append(Gauge(last, at, least, most, mean, noted.many, *covers))

@@ -32,7 +32,7 @@ from redishacks.errors import UsageError
 from redishacks.timeseries import _calendar
 from redishacks.timeseries._colours import AsyncSeries, SyncSeries
 from redishacks.timeseries._core import C, Core, Draft, T
-from redishacks.timeseries._kind import Amounts
+from redishacks.timeseries._kind import Amounts, Entries
 from redishacks.timeseries._packing import Packed
 from redishacks.timeseries.plan import Plan
 from redishacks.timeseries.points import Series
@@ -83,6 +83,20 @@ class Histograms(Sums):
     def bucket(self, raw: Any, rung: Rung) -> Packed:
         """Return a packed key."""
         return Packed(raw, _BINS)
+
+    def entries(self, raw: Any, rung: Rung) -> Entries:
+        """Return its counts."""
+        return {
+            (0, b"%d" % number): (count,) for number, count in _bins([Packed(raw, _BINS)]).items()
+        }
+
+    def row(self, member: bytes, amounts: Amounts) -> dict[str, Any]:
+        """Return the middle of the bin, and the count."""
+        return {"seconds": _middle(int(member)), "count": amounts[0]}
+
+    def entry(self, row: Mapping[str, Any]) -> tuple[bytes, Amounts]:
+        """Return bin and count."""
+        return _bin(float(row["seconds"])), (int(row["count"]),)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -221,6 +235,10 @@ def _draft(item: Item) -> Draft:
     if not isinstance(item, tuple | list) or len(item) not in (2, 3):
         raise UsageError(f"record_many() takes (series, seconds[, at]), not {item!r}")
     key, took, at = (*item, None)[:3]
+    return Draft(_keys.id_bytes(key, "series"), (1,), at, _bin(took))
+
+
+def _bin(took: float | dt.timedelta) -> bytes:
     number = took.total_seconds() if isinstance(took, dt.timedelta) else took
     fits = isinstance(number, int | float) and not isinstance(number, bool)
     if not fits or not 0 <= number * 1e6 <= _MOST:
@@ -228,8 +246,7 @@ def _draft(item: Item) -> Draft:
             f"a duration is seconds or a timedelta, from 0 to {_MOST // 3_600_000_000} hours, "
             f"not {took!r}"
         )
-    micros = min(_MOST, round(number * 1e6))
-    return Draft(_keys.id_bytes(key, "series"), (1,), at, b"%d" % bin_of(micros))
+    return b"%d" % bin_of(min(_MOST, round(number * 1e6)))
 
 
 class LatencySeries(_Recorded[Transport, Coalescer], SyncSeries):

@@ -14,7 +14,7 @@ whole. Keys: see commands.py.
 from __future__ import annotations
 
 import datetime as dt
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from redishacks import _keys
@@ -27,7 +27,7 @@ from redishacks.errors import UsageError
 from redishacks.timeseries import _calendar
 from redishacks.timeseries._colours import AsyncSeries, SyncSeries
 from redishacks.timeseries._core import C, Core, Draft, T
-from redishacks.timeseries._kind import Amounts, Kind, mget
+from redishacks.timeseries._kind import Amounts, Entries, Kind, mget
 from redishacks.timeseries._packing import Packed
 from redishacks.timeseries.plan import Plan
 from redishacks.timeseries.points import Series, Total
@@ -43,6 +43,8 @@ class Sums(Kind):
     name = "sum"
     script_name = "series_add"
 
+    subtracts = True
+
     def size(self, rung: Rung) -> int:
         """Return the bytes of the bitmap."""
         return -(-rung.buckets // 8)
@@ -53,13 +55,13 @@ class Sums(Kind):
 
     def words(self, place: int, member: bytes, amounts: Amounts) -> list[tuple[str | bytes, ...]]:
         """Return the place and the amount, in parts that Lua's numbers hold exactly."""
-        (amount,) = amounts
+        amount, *clears = amounts
         told: list[tuple[str | bytes, ...]] = []
         while abs(amount) >= EXACT:
             part = EXACT - 1 if amount > 0 else 1 - EXACT
             told.append((str(place), str(part)))
             amount -= part
-        told.append((str(place), str(amount)))
+        told.append((str(place), f"{amount}!" if clears else str(amount)))
         return told
 
     def read(self, keys: Sequence[bytes]) -> list[Command[list[Any]]]:
@@ -69,6 +71,25 @@ class Sums(Kind):
     def bucket(self, raw: Any, rung: Rung) -> Packed:
         """Return a packed key."""
         return Packed(raw, rung.buckets)
+
+    def entries(self, raw: Any, rung: Rung) -> Entries:
+        """Return its values."""
+        packed = Packed(raw, rung.buckets)
+        places = packed.places(0, rung.buckets)
+        values = packed.values(0, rung.buckets)
+        return {(place, b""): (value,) for place, value in zip(places, values, strict=True)}
+
+    def less(self, amounts: Amounts) -> Amounts:
+        """Return the amount with the other sign, and that nothing stays where that is all."""
+        return -amounts[0], 0
+
+    def row(self, member: bytes, amounts: Amounts) -> dict[str, Any]:
+        """Return the value."""
+        return {"value": amounts[0]}
+
+    def entry(self, row: Mapping[str, Any]) -> tuple[bytes, Amounts]:
+        """Return the value."""
+        return b"", (int(row["value"]),)
 
 
 class _Counted(Core[T, C]):

@@ -16,7 +16,7 @@ import dataclasses
 import datetime as dt
 import heapq
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, overload
 
 from redishacks import _keys
@@ -28,7 +28,7 @@ from redishacks._units import EXACT, Instant
 from redishacks.errors import ServerError, UsageError
 from redishacks.timeseries._colours import AsyncSeries, SyncSeries
 from redishacks.timeseries._core import C, Core, Draft, T
-from redishacks.timeseries._kind import Amounts, Kind
+from redishacks.timeseries._kind import Amounts, Entries, Kind
 from redishacks.timeseries.resolution import COARSE, Rung
 
 #: A series, a member and an amount, and when that was; without a time it was now.
@@ -46,9 +46,10 @@ class Summary:
         fields = raw.items() if isinstance(raw, dict) else zip(raw[::2], raw[1::2], strict=True)
         found = dict(fields)
         self.size = sum(map(len, found)) + sum(map(len, found.values()))
-        head = found.pop(b"", b"0 0").split()
+        head = found.pop(b"", b"0 0")
         try:
-            self.total, self.lacks = map(int, head)
+            self.head = head.decode()
+            self.total, self.lacks = map(int, head.split())
             self.counts = {member: int(count) for member, count in found.items()}
         except ValueError:
             raise ServerError("ERR this key is no summary of members") from None
@@ -92,6 +93,40 @@ class Tops(Kind):
     def bucket(self, raw: Any, rung: Rung) -> Summary:
         """Return a summary."""
         return Summary(raw)
+
+    def entries(self, raw: Any, rung: Rung) -> Entries:
+        """Return its counts, and with no member what is besides."""
+        if not raw:
+            return {}
+        summary = Summary(raw)
+        found: Entries = {(0, member): (count, 0) for member, count in summary.counts.items()}
+        found[0, b""] = summary.total - sum(summary.counts.values()), summary.lacks
+        return found
+
+    def version(self, raw: Any) -> str:
+        """Return the field that every hit changes."""
+        return Summary(raw).head if raw else ""
+
+    def rebuilt(self, entries: Entries, rung: Rung) -> list[str | bytes]:
+        """Return the fields of a summary."""
+        if not entries:
+            return []
+        total = sum(amount for amount, _ in entries.values())
+        lacks = sum(lack for _, lack in entries.values())
+        fields: list[str | bytes] = ["", f"{total} {lacks}"]
+        for (_, member), (amount, _) in entries.items():
+            if member:
+                fields += (member, str(amount))
+        return fields
+
+    def row(self, member: bytes, amounts: Amounts) -> dict[str, Any]:
+        """Return member and count; with no member what others had, and what counts may lack."""
+        return {"member": _keys.quote_bytes(member), "count": amounts[0], "lacks": amounts[1]}
+
+    def entry(self, row: Mapping[str, Any]) -> tuple[bytes, Amounts]:
+        """Return member and count."""
+        member = _keys.unquote_bytes(str(row["member"]).encode())
+        return member, (int(row["count"]), int(row["lacks"]))
 
 
 def _only(reply: Any) -> list[Any]:

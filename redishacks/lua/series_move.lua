@@ -1,0 +1,20 @@
+-- Take all buckets of a series away, to merge them into another one.
+--
+-- EVALSHA sha n note from to [from to ...]  id target ttl
+-- KEYS[1]  note: hash: id, target; says that this is under way; TTL `ttl` s
+-- from, to  buckets of the series, which need not be there, and where they go; TTLs stay
+-- Reply: {id, target} of what is under way now: of an earlier call, if one has not come to its end
+
+local call = redis.call
+local old = call('HMGET', KEYS[1], 'id', 'target')
+if old[1] then
+  return old
+end
+for i = 2, #KEYS, 2 do
+  if call('EXISTS', KEYS[i]) == 1 then
+    call('RENAME', KEYS[i], KEYS[i + 1])
+  end
+end
+call('HSET', KEYS[1], 'id', ARGV[1], 'target', ARGV[2])
+call('EXPIRE', KEYS[1], ARGV[3])
+return {ARGV[1], ARGV[2]}

@@ -1,0 +1,41 @@
+-- Put buckets in the place of others, and remove some, unless somebody has written meanwhile.
+--
+-- EVALSHA sha n bucket [bucket ...]  {expected expires count part [part ...]} ...
+-- KEYS     buckets that are replaced, one for each group of ARGV, and then those that are removed:
+--          strings, or hashes with a field '' that every write changes
+-- expected  SHA-1 of the string, or the field ''; '' when there is no such key
+-- part     1 for a string, the field and the value of each for a hash; none to remove it. TTL until
+--          `expires`, seconds since 1970
+-- Reply: 1 done, 0 somebody has written: nothing was done
+
+local call = redis.call
+local at, groups = 1, {}
+while ARGV[at] do
+  local key, expected, count = KEYS[#groups + 1], ARGV[at], tonumber(ARGV[at + 2])
+  local kind, found = call('TYPE', key).ok, ''
+  if kind == 'hash' then
+    found = call('HGET', key, '')
+  elseif kind ~= 'none' then
+    found = redis.sha1hex(call('GET', key))
+  end
+  if found ~= expected then
+    return 0
+  end
+  groups[#groups + 1] = at
+  at = at + 3 + count
+end
+for _, key in ipairs(KEYS) do
+  call('UNLINK', key)
+end
+for i, first in ipairs(groups) do
+  local count = tonumber(ARGV[first + 2])
+  if count == 1 then
+    call('SET', KEYS[i], ARGV[first + 3])
+  elseif count > 1 then
+    call('HSET', KEYS[i], unpack(ARGV, first + 3, first + 2 + count))
+  end
+  if count > 0 then
+    call('PEXPIREAT', KEYS[i], ARGV[first + 1] .. '000')
+  end
+end
+return 1

@@ -1,0 +1,39 @@
+"""Adding a resolution to a name that is in use, while it is written to and read."""
+
+from __future__ import annotations
+
+from redishacks._command import Steps, ask
+from redishacks._units import Instant, Seconds, instant
+from redishacks.errors import UsageError
+from redishacks.timeseries.commands import VIEW, Layout
+from redishacks.timeseries.resolution import Resolution, ladder
+
+
+def add_resolution(
+    layout: Layout, resolution: Resolution | tuple[Seconds, Seconds], since: Instant | None
+) -> Steps[int]:
+    """Note down a resolution; returns since when its buckets are whole."""
+    yield from layout.agree()
+    old = {rung.step: rung for rung in layout.rungs}
+    pairs = [(rung.step, rung.retention) for rung in layout.rungs]
+    made = ladder([*pairs, resolution], packed=layout.kind.packed)
+    (at,) = [at for at, rung in enumerate(made) if rung.step not in old]
+    new = made[at]
+    for rung in made:
+        was = old.get(rung.step, rung)
+        # What is finer must expire in whole buckets of the new one.
+        loose = made.index(rung) == at - 1 and was.group % new.step
+        if was.retention != rung.retention or loose:
+            raise UsageError(
+                f"{new.step} s for {new.retention} s does not fit in with {was.step} s, which are "
+                f"kept for {was.retention} s and expire {was.group} s at a time"
+            )
+    # Until then some who write may not know of it.
+    earliest = int(layout.now()) + 3 * VIEW
+    wanted = earliest if since is None else int(instant(since, "since"))
+    if wanted < earliest:
+        raise UsageError(f"since is {earliest} at the earliest: then all who write know of it")
+    coarser = made[at + 1].step if at + 1 < len(made) else new.step
+    yield from ask(layout.define((new._replace(since=-(-wanted // coarser) * coarser),)))
+    yield from layout.refresh()
+    return next(rung.since for rung in layout.rungs if rung.step == new.step)
