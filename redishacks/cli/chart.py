@@ -127,14 +127,11 @@ def _scale(known: Sequence[float], series: Series, height: int) -> _Scale:
 
 
 def _nice(least: float, whole: bool) -> float:
-    """Return a round number that is no less."""
-    if least <= 0:
-        return 1.0
+    """Return a round number that is no less; an integer when it has to be whole."""
+    least = max(least, 1.0 if whole else 0.0) or 1.0
     size = 10.0 ** math.floor(math.log10(least))
-    found = next(
-        part * size for part in (1, 1.5, 2, 2.5, 3, 4, 5, 6, 8, 10, 15) if part * size >= least
-    )
-    return float(math.ceil(found)) if whole and found < 100 else found
+    parts = (part * size for part in (1, 2, 2.5, 5, 10, 20))
+    return next(part for part in parts if part >= least and not (whole and part % 1))
 
 
 def _short(value: float) -> str:

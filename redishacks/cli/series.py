@@ -5,14 +5,16 @@ Which kind a name is of, its partitions and its resolutions are read from its re
 
 from __future__ import annotations
 
-import contextlib
+import dataclasses
 import datetime as dt
 import fnmatch
+import functools
 import math
 import os
 import re
 import shutil
-import time
+import signal
+import threading
 import urllib.parse
 import warnings
 from collections.abc import Callable, Iterator
@@ -25,7 +27,7 @@ from rich.text import Text
 
 from redishacks import _keys
 from redishacks._command import Command, ask
-from redishacks._drive import drive
+from redishacks._drive import Transport, drive
 from redishacks._words import many
 from redishacks.cli import chart, show, when
 from redishacks.cli.ending import EXIT_CODES, one_line
@@ -46,13 +48,14 @@ _PAGE = 500
 #: What opens a series of a kind.
 _KINDS: dict[str, Callable[..., TimeSeries]] = {"sum": TimeSeries}
 
-#: Steps that people think in.
-_STEPS = (
-    1, 2, 5, 10, 15, 20, 30, MINUTE, 2 * MINUTE, 5 * MINUTE, 10 * MINUTE, 15 * MINUTE, 20 * MINUTE,
-    30 * MINUTE, HOUR, 2 * HOUR, 3 * HOUR, 4 * HOUR, 6 * HOUR, 8 * HOUR, 12 * HOUR, DAY,
-)  # fmt: skip
-#: About how long those are that have a name.
-_NAMED = {"week": 7 * DAY, "month": 28 * DAY}
+#: Steps that people think in, and how long they are.
+_STEPS: dict[float | str, int] = {
+    **{size: size for size in (1, 2, 5, 10, 15, 20, 30)},
+    **{size * MINUTE: size * MINUTE for size in (1, 2, 5, 10, 15, 20, 30)},
+    **{size * HOUR: size * HOUR for size in (1, 2, 3, 4, 6, 8, 12, 24)},
+    "week": 7 * DAY,
+    "month": 31 * DAY,
+}
 
 
 class _Opened(NamedTuple):
@@ -64,18 +67,24 @@ class _Opened(NamedTuple):
     now: float
 
 
-class _Of(NamedTuple):
+@dataclasses.dataclass
+class _Of:
     """Where to look: what the options say."""
 
     url: str
     prefix: str
     name: str
 
-    def open(self) -> _Opened:
-        """Open the series as its record says; raises `UsageError` when nobody has written."""
+    @functools.cached_property
+    def transport(self) -> Transport:
+        """What talks to Redis: all that is opened here shares it."""
         from redishacks._transport import connect
 
-        record, now = drive(look_up(self.prefix, self.name), connect(self.url), _DEADLINE)
+        return connect(self.url)
+
+    def open(self) -> _Opened:
+        """Open the series as its record says; raises `UsageError` when nobody has written."""
+        record, now = drive(look_up(self.prefix, self.name), self.transport, _DEADLINE)
         if record is None:
             raise UsageError(
                 f"no series {self.name!r} has been written (prefix {self.prefix!r}); "
@@ -121,20 +130,16 @@ class _Range(NamedTuple):
 
 def _fitting(opened: _Opened, start: float, end: float, most: int, tz: dt.tzinfo) -> float | str:
     """Return the shortest step that makes few enough points, of buckets that still exist."""
-    rungs = opened.record.rungs
+    rungs, now = opened.record.rungs, int(opened.now)
     shift = dt.datetime.fromtimestamp(start, tz).utcoffset() or dt.timedelta()
     offset = int(shift.total_seconds())
     room = max(1, most - 1)  # it may begin and end amid a step
-    whole = {rung.step for rung in rungs if rung.horizon(int(opened.now)) <= start}
-    for steps in (whole, {rung.step for rung in rungs}):
-        for step in _STEPS:
-            if (end - start) / step <= room and any(
-                math.gcd(step, offset) % each == 0 for each in steps
-            ):
+    for expired in (False, True):
+        for step, size in _STEPS.items():
+            fit = [rung for rung in rungs if math.gcd(min(size, DAY), offset) % rung.step == 0]
+            there = expired or any(rung.horizon(now) <= start - size for rung in fit)
+            if (end - start) / size <= room and fit and there:
                 return step
-        for name, size in _NAMED.items():
-            if (end - start) / size <= room and any(DAY % each == 0 for each in steps):
-                return name
     if DAY % rungs[-1].step == 0:
         return "month"
     return rungs[-1].step * max(1, math.ceil((end - start) / room / rungs[-1].step))
@@ -217,13 +222,10 @@ def plot(
         if as_json:
             show.print_json(_as_json(of, key, points))
         elif as_csv:
-            with _writing():
-                click.echo(points.to_csv(), nl=False)
+            _print_csv(points)
         else:
             assert file is not None
-            with _writing(file), warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of letters that its font lacks
-                points.plot(file, title=_title(of, key), tz=asked.tz)
+            _picture(points, file, _title(of, key), asked.tz)
         return
     out = show.console()
     points = asked.points(opened, key, chart.room(_window(out).columns))
@@ -327,24 +329,49 @@ def list_(of: _Of, match: str | None, as_json: bool) -> None:
 def watch(
     of: _Of, key: str, every: float, since: when.Moment, step: float | str | None, tz: str
 ) -> None:
-    """Draw the series KEY of NAME again and again, until Ctrl-C.
+    """Draw the series KEY of NAME again and again, until Ctrl-C or SIGTERM.
 
     When the output is no terminal, each time is a line: when, the sum, and bars.
     """
     asked = _Range(since, None, step, _calendar.zone(tz))
     out = show.console()
     view = _Live if out.is_terminal else _Lines
-    try:
-        with view(of, key, asked, out) as look:
-            look(of.open())  # when that fails, it is said, and all ends
-            while True:
-                time.sleep(every)
-                try:
-                    look(of.open())
-                except UnavailableError as error:
-                    look.away(error)
-    except KeyboardInterrupt:
-        pass
+    with _Stop() as stop, view(of, key, asked, out) as look:
+        look(of.open())  # when that fails, it is said, and all ends
+        while not stop.within(every):
+            try:
+                look(of.open())
+            except UnavailableError as error:
+                look.away(error)
+
+
+class _Stop:
+    """Whether somebody has asked us to end, which is obeyed between looks.
+
+    What a signal handler raises may come where Python ignores it, as while an object is deleted.
+    """
+
+    def __init__(self) -> None:
+        self._asked = threading.Event()
+        self._before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> _Stop:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._before[number] = signal.signal(number, self._ask)
+        return self
+
+    def __exit__(self, *about: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _ask(self, number: int, frame: Any) -> None:
+        if self._asked.is_set() and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self._asked.set()
+
+    def within(self, seconds: float) -> bool:
+        """Wait so long, or until asked; return whether we are."""
+        return self._asked.wait(seconds)
 
 
 class _Lines:
@@ -408,8 +435,6 @@ class _Live(_Lines):
 
 def _keys_of(opened: _Opened, of: _Of, match: str | None) -> Iterator[str | bytes]:
     """Yield the keys that have anything in their coarsest buckets."""
-    from redishacks._transport import connect
-
     step = opened.record.rungs[-1].step
     head = _keys.make(_keys.check_name(of.prefix, "prefix"), "t1", "")[:-1].decode()
     name = _keys.check_name(of.name, "name")
@@ -419,7 +444,7 @@ def _keys_of(opened: _Opened, of: _Of, match: str | None) -> Iterator[str | byte
     while True:
         args = ("SCAN", cursor, "MATCH", pattern, "COUNT", "1000")
         page: tuple[bytes, list[bytes]] = drive(
-            ask(Command(args, repeatable=True)), connect(of.url), _DEADLINE
+            ask(Command(args, repeatable=True)), of.transport, _DEADLINE
         )
         cursor, keys = page
         for key in keys:
@@ -436,14 +461,20 @@ def _keys_of(opened: _Opened, of: _Of, match: str | None) -> Iterator[str | byte
 # How things look
 
 
-@contextlib.contextmanager
-def _writing(file: str | None = None) -> Iterator[None]:
-    """Have a full disk, and what else hinders writing, told as of all output."""
+def _print_csv(points: Series) -> None:
     try:
-        yield
+        click.echo(points.to_csv(), nl=False)
     except OSError as error:
-        why = error.strerror if file is None else f"{file}: {error.strerror}"
-        raise show.OutputError(error.errno, why) from error
+        raise show.OutputError(error.errno, error.strerror) from error
+
+
+def _picture(points: Series, file: str, title: str, tz: dt.tzinfo) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of letters that its font lacks
+        try:
+            points.plot(file, title=title, tz=tz)
+        except OSError as error:
+            raise click.FileError(file, error.strerror) from error
 
 
 def _window(on: Console) -> os.terminal_size:

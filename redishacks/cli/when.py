@@ -12,7 +12,7 @@ from redishacks._units import instant
 from redishacks.errors import UsageError
 
 _SIZES = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 604_800}
-_PART = re.compile(r"(\d+(?:\.\d+)?)([smhdw])")
+_PART = re.compile(r"([0-9]+(?:\.[0-9]+)?)([smhdw])")
 _WHOLE = re.compile(rf"(?:{_PART.pattern})+")
 _PERIODS = ("day", "week", "month")
 
@@ -32,10 +32,13 @@ class Moment(NamedTuple):
 
     def at(self, now: float, tz: dt.tzinfo) -> float:
         """Return it in seconds since 1970; a time without an offset is of the time zone."""
-        if self.stated is None:
-            return instant(now - self.ago, "a moment")
-        stated = self.stated
-        return instant(stated if stated.tzinfo else stated.replace(tzinfo=tz), "a moment")
+        found = now - self.ago
+        if self.stated is not None:
+            stated = self.stated if self.stated.tzinfo else self.stated.replace(tzinfo=tz)
+            found = instant(stated, "a moment")
+        if found < 0:
+            raise UsageError("there is nothing before 1970")
+        return found
 
 
 class MomentType(click.ParamType):  # type: ignore[type-arg]
@@ -75,7 +78,7 @@ class DurationType(click.ParamType):  # type: ignore[type-arg]
         """Read it."""
         if isinstance(value, float):
             return value
-        found = duration(f"{value}s" if re.fullmatch(r"\d+(\.\d+)?", value) else value)
+        found = duration(f"{value}s" if re.fullmatch(r"[0-9]+(\.[0-9]+)?", value) else value)
         if not found or found >= 1e9:
             self.fail(f"{value!r} is no duration, such as 90s, 10m, 24h, 7d or 1w.")
         return found
