@@ -8,6 +8,7 @@ import importlib
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -755,6 +756,16 @@ each_command = pytest.mark.parametrize(
     "command", ["plot hits a", "sum hits a b", "list hits", "watch hits a"],
     ids=lambda line: line.split()[0],
 )  # fmt: skip
+
+
+def test_the_examples_of_the_readme(shell: Shell, sleeps: list[Any]) -> None:
+    """Its command lines are understood, each command is among them."""
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    lines = re.findall(r"^redishacks series (.*)$", readme, re.M)
+    shell.series("page views").incr_many([("project:42", 7), ("project:1", 1)])
+    for line in lines:
+        assert shell.shown(*shlex.split(line, comments=True))
+    assert {line.split()[0] for line in lines} == {"plot", "list", "sum", "watch"}
 
 
 def test_help() -> None:
