@@ -254,8 +254,14 @@ def words(path: Path) -> set[str]:
 def test_an_svg(tmp_path: Path) -> None:
     """The same as shapes: with the title as it was given, and an axis that begins at 0."""
     path = tmp_path / "hits.SVG"
-    series(1, 5, 2).plot(str(path), title="hits: $5 & <b> $x_1$")
-    assert {"hits: $5 & <b> $x_1$", "0"} <= words(path)
+    for values in ((5, 7, 6), (0, 0), (None,)):
+        series(*values).plot(str(path), title=r"hits: $5 & <b> \frac$")
+        found = words(path)
+        assert r"hits: $5 & <b> \frac$" in found
+        assert found & {"0", "0.0"}
+        assert not any(word.startswith("\N{MINUS SIGN}") for word in found)
+    series(-5, 7).plot(path)
+    assert "\N{MINUS SIGN}4" in words(path)
 
 
 def test_the_time_zone_of_the_axis(tmp_path: Path) -> None:

@@ -190,11 +190,8 @@ class Series(Sequence[tuple[int, Number | None]]):
         axes.stairs(values, edges, color="C0")  # of a fill alone, thin points would not be seen
         if len(self):
             axes.set_xlim(edges[0], edges[-1])
-        known = values[values == values]  # NaN is not itself
-        if not known.any():  # nothing would be the middle of the axis
+        if not values[values == values].any():  # all is 0, or NaN, which is not itself
             axes.set_ylim(0, 1)
-        elif known.min() >= 0:
-            axes.set_ylim(bottom=0)
         axes.grid(axis="y", alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
         axes.set_title(title, parse_math=False)
