@@ -369,6 +369,7 @@ def test_colour_on_a_terminal_only(shell: Shell) -> None:
         lines = _ANSI.sub("", shown).splitlines()
         assert max(map(cell_len, lines)) <= columns
         assert max(map(cell_len, lines)) > columns // 2
+        assert lines[0] == f"hits: {'a' * 100}" if columns == 200 else lines[0].endswith("a…")
 
 
 def test_the_width_of_a_file(shell: Shell) -> None:
@@ -510,6 +511,22 @@ def test_the_step_that_fits(shell: Shell, resolutions: Any, tz: str) -> None:
                 assert found.complete or asked.since.ago > kept - 70 * DAY, (since, most)
                 assert found.sum() == 3 or not found.complete
                 assert len(found) > most / 8 or since == "10m" or resolutions, (since, most)
+
+
+def test_a_range_of_which_some_is_left(shell: Shell) -> None:
+    """When most of it has expired, the rest is still drawn with points that can be told apart."""
+    with shell.series(resolutions=[(60, 8 * DAY)]) as hits:
+        hits.incr("a", 3)
+    (shown,) = shell.objects("plot", "hits", "a", "--since", "60d")
+    assert shown["complete"] is False
+    values = [value for _, value in shown["points"]]
+    assert 1000 < len(values) < 1502
+    assert values[0] is None
+    assert sum(value for value in values if value) == 3
+    lines = shell.shown("plot", "hits", "a", "--since", "60d").splitlines()
+    assert lines[-2].endswith("points; · is not known")
+    assert lines[-1] == "not complete: a part has expired"
+    assert "not" not in shell.shown("plot", "hits", "a", "--since", "1h").splitlines()[-1]
 
 
 # sum
@@ -758,6 +775,21 @@ each_command = pytest.mark.parametrize(
     "command", ["plot hits a", "sum hits a b", "list hits", "watch hits a"],
     ids=lambda line: line.split()[0],
 )  # fmt: skip
+
+
+@pytest.mark.parametrize("args", ["plot", "plot --csv", "plot --json", "watch"])
+def test_a_full_disk(shell: Shell, args: str) -> None:
+    """Output that cannot be written is exit code 1, and a line that says so."""
+    shell.series().incr("a", 5)
+    command, *options = args.split()
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "redishacks", "series", command, "hits", "a", *options,
+             "--redis", shell.url, "--prefix", shell.prefix],
+            stdout=full, stderr=subprocess.PIPE, text=True, timeout=60,
+        )  # fmt: skip
+    assert done.returncode == 1
+    assert done.stderr == "redishacks: cannot write the output: No space left on device\n"
 
 
 def test_the_examples_of_the_readme(shell: Shell, sleeps: list[Any]) -> None:

@@ -60,6 +60,7 @@ def test_a_sparkline_of_other_numbers() -> None:
         assert series(*values).sparkline() == " ▂▄▄██"
         assert series(*values).sparkline(3) == "▁▄█"
         assert series(*values, None).sparkline(4) == "▁▄█·"
+        assert series(*[kind(4)] * 3).sparkline(2) == "██", "a mean, not a sum"
 
 
 def test_a_sparkline_is_no_wider() -> None:
