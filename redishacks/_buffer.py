@@ -39,8 +39,13 @@ _log = logging.getLogger("redishacks")
 class Batcher(Protocol):
     """What a tool tells the buffer about its hits."""
 
-    #: Why a hit is refused for good.
-    refusal: str
+    @property
+    def refusal(self) -> str:
+        """Why a hit is refused for good."""
+
+    @property
+    def agreed(self) -> bool:
+        """Everybody means the same keys: we have said so, and that still holds."""
 
     def hit(self, times: int) -> Amounts:
         """Return the amounts of a plain hit that came so many times."""
@@ -55,7 +60,7 @@ class Batcher(Protocol):
         """Return the command that sends one part; it replies -n when the n-th id is refused."""
 
     def agree(self) -> Steps[None]:
-        """Make sure, once before the first send, that everybody means the same keys."""
+        """Make sure, before something is sent, that everybody means the same keys."""
 
 
 class Refused(NamedTuple):
@@ -104,7 +109,6 @@ class Buffer:
         self._frozen: dict[int, deque[_Part]] = {}
         self._producer = new_id()
         self._sequences: dict[int, int] = {}
-        self._defined = False
         #: The copy that a forked child has of its parent's buffer: the parent sends it.
         self.forked = False
         #: Hits the log may hold; 0 makes the next hit ask for room.
@@ -216,9 +220,8 @@ class Buffer:
     def _send(self) -> Steps[None]:
         if self.forked or not self.held():
             return
-        if not self._defined:
+        if not self._batcher.agreed:
             yield from self._batcher.agree()
-            self._defined = True
         error = None
         if self._frozen:  # what an earlier send left comes first, as it was
             error = yield from self._send_frozen()

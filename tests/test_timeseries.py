@@ -31,14 +31,21 @@ from redishacks.testing import Cluster, FaultProxy, Server
 from redishacks.timeseries import AsyncTimeSeries, Resolution, TimeSeries, _calendar
 from redishacks.timeseries._packing import Packed
 from redishacks.timeseries.plan import plan
-from redishacks.timeseries.resolution import DAY, DEFAULT, HOUR, MINUTE, Rung, ladder
+from redishacks.timeseries.resolution import COARSE, DAY, DEFAULT, HOUR, MINUTE, Rung, ladder
 from tests.helpers import eventually
+from tests.timeseries_kit import clocked
 
 #: Some ladders: the usual one, one with short retentions, one that packs otherwise.
 LADDERS = [
     ladder(DEFAULT),
     ladder([(10, 60), (MINUTE, HOUR), (HOUR, 30 * DAY)]),
     ladder([(1, 100), (7, 200), (7 * 720, 10_000), (7 * 7200, 10_000_000)]),
+    ladder([(1, 100), (DAY, 30 * DAY)]),
+]
+#: Some of a key per bucket.
+LOOSE = [
+    ladder(COARSE, packed=False),
+    ladder([(MINUTE, 2 * MINUTE), (10 * MINUTE, HOUR), (HOUR, 10 * DAY)], packed=False),
 ]
 #: One whose coarser resolutions were added later.
 GROWN = tuple(rung._replace(since=1_799_971_200 if rung.step >= HOUR else 0) for rung in LADDERS[0])
@@ -51,7 +58,7 @@ def finest(rungs: Sequence[Rung], moment: int, now: int) -> int:
     """Return the step of the finest resolution that has a bucket for a moment; 0 for none."""
     for rung in rungs:
         begins = moment // rung.step * rung.step
-        ends = (begins // rung.span + 1) * rung.span + rung.retention
+        ends = (begins // rung.group + 1) * rung.group + rung.retention
         if ends > now and begins >= rung.since:
             return rung.step
     return 0
@@ -59,7 +66,7 @@ def finest(rungs: Sequence[Rung], moment: int, now: int) -> int:
 
 @settings(max_examples=500, deadline=None)
 @given(
-    st.sampled_from([*LADDERS, GROWN]),
+    st.sampled_from([*LADDERS, *LOOSE, GROWN]),
     st.one_of(st.integers(1_700_000_000, 1_900_000_000), st.just(1_800_000_000)),
     st.integers(0, 2_000_000_000),
     st.integers(0, 400 * DAY),
@@ -200,34 +207,6 @@ def test_all_or_nothing_at_the_limit(server: Server) -> None:
 # The whole, by a clock of ours
 
 
-class Clocked(TimeSeries):
-    """A series of a server whose clock is ours; it must not be behind the real one."""
-
-    def __init__(self, url: str, name: str, **options: Any) -> None:
-        super().__init__(url, name, **options)
-        self.clock = int(time.time()) // DAY * DAY + 2 * DAY
-        write, read = self.layout.write, self.layout.read
-
-        def write_then(*args: Any, **more: Any) -> Any:
-            command = write(*args, **more)
-            words = list(command.args)
-            words[3] = f"{self.clock}000000"
-            return command._replace(args=tuple(words))
-
-        def read_then(*args: Any) -> Any:
-            found = read(*args)[0]
-            micros = self.clock * 1_000_000
-            return [found, Command(("PING",), found.keys[:1], lambda _: micros, repeatable=True)]
-
-        self.layout.now = lambda: self.clock  # type: ignore[method-assign]
-        self.layout.learn = self.learns  # type: ignore[method-assign]
-        self.layout.write = write_then  # type: ignore[method-assign]
-        self.layout.read = read_then  # type: ignore[method-assign,assignment]
-
-    def learns(self, micros: int) -> None:
-        """Hear the time of the server; that of its real clock is of no interest."""
-
-
 #: Seconds from now of a hit or a range, and steps of the clock.
 BACK = st.one_of(st.integers(0, 100), st.integers(0, 3 * DAY), st.integers(0, 2000 * DAY))
 EVENTS = st.lists(
@@ -253,7 +232,9 @@ def test_sums_agree_with_a_dictionary(
     and reaches no farther than it must.
     """
     pairs = [(rung.step, rung.retention) for rung in rungs]
-    series = Clocked(redishacks_valkey.url, f"trace{next(numbers)}", resolutions=pairs)
+    series: Any = clocked(
+        TimeSeries(redishacks_valkey.url, f"trace{next(numbers)}", resolutions=pairs)
+    )
     hits: dict[str, Counter[int]] = {"a": Counter(), "b": Counter()}
     step = rungs[0].step
 
@@ -551,13 +532,14 @@ def test_asyncio(url: str, prefix: str) -> None:
 
 
 def test_whoever_writes_first_decides(url: str, prefix: str) -> None:
-    """Others take what is there, or are refused when they ask for something else."""
+    """Others take what is there, and are refused when they ask for something else."""
     first = TimeSeries(url, "hits", prefix=prefix, resolutions=[(5, HOUR), (30, DAY)])
     first.incr("a")
     anybody = TimeSeries(url, "hits", prefix=prefix)
     anybody.incr("a")
     assert [rung.step for rung in anybody.layout.rungs] == [5, 30]
-    for wrong in ([(5, HOUR)], [(5, HOUR), (30, 2 * DAY)], [(5, HOUR), (30, DAY), (60, DAY)]):
+    TimeSeries(url, "hits", prefix=prefix, resolutions=[(5, HOUR)]).incr("a")
+    for wrong in ([(5, DAY)], [(5, HOUR), (30, 2 * DAY)], [(5, HOUR), (30, DAY), (60, DAY)]):
         other = TimeSeries(url, "hits", prefix=prefix, resolutions=wrong)
         with pytest.raises(UsageError, match="is in use with a resolution of"):
             other.incr("a")

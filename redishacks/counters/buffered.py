@@ -72,8 +72,6 @@ class _Counter(ABC, Generic[T, C]):
         self.deadline = seconds(deadline, "deadline")
         self._plain = self.layout.columns.rules[self.layout.columns.names[0]] is Rule.SUM
         self._once = self.layout.hit(1)
-        #: Everybody means the same keys: we have said so, or at least looked.
-        self._defined = False
         self._checked = False
         self.client = client
         self.transport: T = self._connect(client, on_command)
@@ -118,10 +116,6 @@ class _Counter(ABC, Generic[T, C]):
             return None
         return self.layout.add_one(raw, amounts)
 
-    def _define(self) -> Steps[None]:
-        yield from self.layout.agree()
-        self._defined = True
-
     def _items(self, hits: Amounts) -> Items:
         """Check many hits; ids that are the same as bytes become one."""
         columns = self.layout.columns
@@ -150,8 +144,8 @@ class _Counter(ABC, Generic[T, C]):
         return list(items.items())
 
     def _add_many(self, items: Items) -> Steps[None]:
-        if not self._defined:
-            yield from self._define()
+        if not self.layout.agreed:
+            yield from self.layout.agree()
         parts = list(self.layout.parts(items))
         failed: dict[str | bytes, Exception] = {}
         for start in range(0, len(parts), _PARTS_AT_ONCE):
@@ -179,7 +173,7 @@ class _Counter(ABC, Generic[T, C]):
         )
 
     def _check(self) -> Steps[None]:
-        if not self._defined and not self._checked:
+        if not self.layout.agreed and not self._checked:
             yield from self.layout.check()
             self._checked = True
 
@@ -261,8 +255,8 @@ class BufferedCounter(Lingering, _Counter[Transport, Coalescer]):
         if coalescer is None:
             command = self._hit(id, amount, columns)
             if command is not None:
-                if not self._defined:
-                    drive(self._define(), self.transport, self.deadline)
+                if not self.layout.agreed:
+                    drive(self.layout.agree(), self.transport, self.deadline)
                 self.transport.call(command, self.deadline)
             return
         if (
@@ -332,8 +326,8 @@ class AsyncBufferedCounter(AsyncLingering, _Counter[AsyncTransport, AsyncCoalesc
         if self._coalescer is None:
             command = self._hit(id, amount, columns)
             if command is not None:
-                if not self._defined:
-                    await drive_async(self._define(), self.transport, self.deadline)
+                if not self.layout.agreed:
+                    await drive_async(self.layout.agree(), self.transport, self.deadline)
                 await self.transport.call(command, self.deadline)
             return
         raw = _keys.id_bytes(id)

@@ -177,6 +177,8 @@ class Layout:
             raise UsageError(f"partitions must be an int from 1 to 1024, not {partitions!r}")
         self.columns = columns
         self.partitions = partitions
+        #: Everybody means the same keys: we have said so.
+        self.agreed = False
         self._prefix = _keys.check_name(prefix, "prefix")
         self._name = _keys.check_name(name, "a counter's name")
         #: How the ledger knows this counter.
@@ -231,6 +233,7 @@ class Layout:
         if others:
             for outcome in (yield from ask_all(others)):
                 outcome.result()
+        self.agreed = True
 
     def check(self, destination: str | None = None, ledger: str | None = None) -> Steps[bool]:
         """Return whether anybody has counted here; `UsageError` where `agree` would disagree.

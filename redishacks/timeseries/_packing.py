@@ -9,18 +9,22 @@ So a bucket without hits costs a bit, and one that came to 0 is told apart from 
 
 from __future__ import annotations
 
+import itertools
 import struct
-from collections.abc import Sequence
+from collections.abc import Container, Iterable, Sequence
+from typing import ClassVar
 
 from redishacks.errors import ServerError
 
 _CODES = {1: "B", 2: "H", 4: "I", 8: "q"}
 
 
-class Packed:
+class Bitmap:
     """A packed key that was read; `None` for one that is not there."""
 
     __slots__ = ("_bits", "_data", "_present", "_start", "_width", "buckets")
+    #: The bytes a value may have.
+    widths: ClassVar[Container[int]]
 
     def __init__(self, data: bytes | None, buckets: int) -> None:
         #: How many buckets it has, with a value or without.
@@ -29,10 +33,12 @@ class Packed:
         self._data = data or b""
         self._start = 1 + size
         self._bits = 8 * size
-        self._width = data[0] if data else 1
+        self._width = data[0] if data else 0
         self._present = int.from_bytes(data[1 : 1 + size], "big") if data else 0
-        held = len(self._data) - self._start if data else 0
-        if self._width not in _CODES or held != self._present.bit_count() * self._width:
+        held = len(self._data) - self._start
+        if data and (
+            self._width not in self.widths or held != self._present.bit_count() * self._width
+        ):
             raise ServerError("ERR this key is no packed series")
 
     @property
@@ -44,24 +50,36 @@ class Packed:
         """Return how many buckets before it have a value."""
         return (self._present >> (self._bits - bucket)).bit_count()
 
-    def values(self, first: int, last: int) -> Sequence[int]:
-        """Return the values of the buckets from `first` to before `last` that have one."""
-        if not self._present:
-            return ()
-        before = self._rank(first)
-        return self._slice(before, self._rank(last) - before)
-
-    def _slice(self, before: int, count: int) -> Sequence[int]:
+    def held(self, first: int, last: int) -> bytes:
+        """Return the values of the buckets from `first` to before `last`, as bytes."""
         width = self._width
-        start = self._start + before * width
-        if width == 1:
-            return self._data[start : start + count]
-        return struct.unpack_from(f">{count}{_CODES[width]}", self._data, start)
+        start = self._start + self._rank(first) * width
+        return self._data[start : self._start + self._rank(last) * width]
 
     def present(self, first: int, last: int) -> str:
         """Return for each bucket from `first` to before `last` a 1, or a 0 if it has no value."""
         mask = (self._present >> (self._bits - last)) & ((1 << (last - first)) - 1)
         return f"{mask:0{last - first}b}"
+
+    def places(self, first: int, last: int) -> Iterable[int]:
+        """Return which buckets from `first` to before `last` have a value."""
+        if not self._present:
+            return ()
+        return itertools.compress(range(first, last), map("1".__eq__, self.present(first, last)))
+
+
+class Packed(Bitmap):
+    """A packed key of numbers."""
+
+    __slots__ = ()
+    widths = _CODES
+
+    def values(self, first: int, last: int) -> Sequence[int]:
+        """Return the values of the buckets from `first` to before `last` that have one."""
+        if not self._present:
+            return ()
+        held, width = self.held(first, last), self._width
+        return held if width == 1 else struct.unpack(f">{len(held) // width}{_CODES[width]}", held)
 
     def spread(self, first: int, last: int) -> Sequence[int]:
         """Return a value for each bucket from `first` to before `last`; 0 where there is none."""

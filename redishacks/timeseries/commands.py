@@ -2,17 +2,18 @@
 
 The keys of the name `hits`, series `project:42`, in partition 0:
 
-    rh:t1:{hits/0}:meta                        hash    partitions and resolutions; no TTL
-    rh:t1:{hits/0}:s:project:42:10:498611      string  a packed key: 360 buckets of 10 s, see
-                                                       series_add.lua; TTL until the end of its
-                                                       last bucket, and the retention
+    rh:t1:{hits/0}:meta                        hash    kind, partitions, resolutions; no TTL, for it
+                                                       says what all other keys mean
+    rh:t1:{hits/0}:s:project:42:10:498611      one bucket of 10 s or several, see the kind's script;
+                                                       TTL until the end of the last of them, and
+                                                       the retention
     rh:t1:{hits/0}:f:<producer>                string  last send of a lingering producer; TTL 24 h
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 from redishacks import _keys
@@ -21,26 +22,17 @@ from redishacks._command import Command, Steps, ask, ask_all, script
 from redishacks._slots import partition
 from redishacks._units import EXACT
 from redishacks.errors import UsageError
-from redishacks.timeseries.resolution import DEFAULT, Ladder, Rung, ladder
+from redishacks.timeseries._kind import Entries, Hit, Kind
+from redishacks.timeseries.resolution import Ladder, Rung, ladder
 
 #: The tool's letter and the version of its keys.
 TOOL = "t1"
-_ALWAYS = ("0", str(EXACT))
+#: Seconds for which what the record in Redis says is relied on.
+VIEW = 60
 #: Hits of one script: each is in a key per resolution.
 _PART = 500
-_DAY = 86_400
-
 
 T = TypeVar("T")
-
-
-class Hit(NamedTuple):
-    """An amount for the bucket of one moment."""
-
-    key: bytes
-    #: Seconds since 1970.
-    time: int
-    amount: int
 
 
 class Applied(NamedTuple):
@@ -49,12 +41,20 @@ class Applied(NamedTuple):
     code: int
     #: The server's time, in µs.
     now: int
-    #: Which key and which of its places could not be added to, from 1.
+    #: Which key and which of its entries could not be added to, from 1.
     about: tuple[int, ...]
 
 
-#: By level, series and packed key: amounts by place.
-_Places = dict[tuple[int, bytes, int], dict[int, int]]
+class Buckets(NamedTuple):
+    """A key with one bucket, or several of one resolution."""
+
+    level: int
+    key: bytes
+    pack: int
+
+
+#: What is to be written, by key.
+Folded = dict[Buckets, Entries]
 
 
 class _BehindError(Exception):
@@ -65,7 +65,7 @@ class Layout:
     """Keys and commands of one name; and its resolutions, once they are known."""
 
     def __init__(
-        self, prefix: str, name: str, kind: str, partitions: int, wanted: Ladder | None
+        self, prefix: str, name: str, kind: Kind, partitions: int, wanted: Ladder | None
     ) -> None:
         if (
             isinstance(partitions, bool)
@@ -74,20 +74,21 @@ class Layout:
         ):
             raise UsageError(f"partitions must be an int from 1 to 1024, not {partitions!r}")
         self.partitions = partitions
+        self.kind = kind
         #: What is in use: known from the first write or read on.
         self.rungs: Ladder = ()
         #: Seconds of the finest buckets, or 1 until that is known.
         self.step = 1
         self._ahead = time.time() - clock()
         #: How far the clock was off that hits went by before the server's was known.
-        self._off = -self._ahead
+        self.off = -self._ahead
+        #: When that was read, in seconds of the server's clock.
+        self._viewed = 0.0
         self._wanted = wanted
-        self._kind = kind
         self._prefix = _keys.check_name(prefix, "prefix")
         self._name = _keys.check_name(name, "a series' name")
         self.full_name = f"{self._prefix}:{self._name}"
         self._meta = self._key(0, "meta")
-        self._add = script("series_add")
 
     def _key(self, p: int, *rest: str) -> bytes:
         return _keys.make(self._prefix, TOOL, f"{self._name}/{p}", *rest)
@@ -97,7 +98,7 @@ class Layout:
         return partition(key, self.partitions)
 
     def head(self, key: bytes) -> bytes:
-        """Return how the packed keys of a series begin."""
+        """Return how the keys of a series begin."""
         return self._key(self.partition(key), "s", _keys.quote_bytes(key)) + b":"
 
     # The server's clock
@@ -110,43 +111,45 @@ class Layout:
         """Hear the server's time, in µs."""
         self._ahead = micros / 1e6 - clock()
 
-    def stamp(self) -> str:
-        """Return the bucket of now, as hits have it that are sent later."""
-        return str(self.bucket(self.now())) if self.rungs else f"~{int(self.now())}"
-
-    def bucket(self, when: float) -> int:
+    def begins(self, when: float) -> int:
         """Return a moment as all hits of its finest bucket share it."""
         return int(when // self.step) * self.step
 
-    def stamped(self, stamp: bytes) -> int:
-        """Return the moment of a stamp, by the server's clock."""
-        return int(int(stamp[1:]) + self._off) if stamp.startswith(b"~") else int(stamp)
+    def time_of(self, key: bytes) -> Command[int]:
+        """Read the time of the server that has a key, in µs."""
+        return Command(("TIME",), (key,), _micros, repeatable=True)
 
     # What everybody agrees on
+
+    @property
+    def agreed(self) -> bool:
+        """What is in use is known, and not for too long."""
+        return bool(self.rungs) and self.now() < self._viewed + VIEW
 
     def agree(self) -> Steps[None]:
         """See, before anything is written, that everybody means the same keys.
 
         Whoever writes first decides on the resolutions; raises `UsageError` for who wants others.
-        One round trip, and one more for the first.
+        One round trip, once a minute, and one more for the first.
         """
-        while not (yield from self._look()):
+        while not self.agreed and not (yield from self._known()):
             try:
-                yield from ask(self._define(self._wanted or ladder(DEFAULT)))
+                yield from ask(self.define(self._wanted or self._usual()))
             except _BehindError:
                 continue  # somebody else was the first just now
 
     def look(self) -> Steps[Ladder]:
         """Return the resolutions for a read: those in use, else those that would be."""
-        if (yield from self._look()):
+        if self.agreed or (yield from self._known()):
             return self.rungs
-        return self._wanted or ladder(DEFAULT)
+        return self._wanted or self._usual()
 
-    def _look(self) -> Steps[bool]:
+    def _known(self) -> Steps[bool]:
+        """Learn what is in use; False when nobody has written yet."""
         meta: Command[Any] = Command(
             ("HGETALL", self._meta), (self._meta,), _texts, repeatable=True
         )
-        read, micros = yield from ask_all([meta, _time(self._meta)])
+        read, micros = yield from ask_all([meta, self.time_of(self._meta)])
         found = read.result()
         self.learn(micros.result())
         if not found:
@@ -154,28 +157,36 @@ class Layout:
         for field, value in self._fixed().items():
             if found.get(field) != value:
                 raise self._disagreement(field, str(found.get(field)), value)
-        stored = tuple(sorted(_rung(*item) for item in found.items() if item[0].startswith("r ")))
-        if self._wanted is not None:
-            wanted = {rung.step: rung for rung in self._wanted}
-            for rung in stored:
-                given = wanted.pop(rung.step, None)
-                if given is None or given[:3] != rung[:3]:
-                    raise self._disagreement(
-                        f"a resolution of {rung.step} s",
-                        f"{rung.retention} s",
-                        f"{given.retention} s" if given else "none",
-                    )
-            for rung in wanted.values():
-                field = f"a resolution of {rung.step} s"
-                raise self._disagreement(field, "none", f"{rung.retention} s")
+        stored = {rung.step: rung for rung in map(_rung, found.items()) if rung is not None}
+        for given in self._wanted or ():
+            rung = stored.get(given.step)
+            if rung is None or given[:3] != rung[:3]:
+                raise self._disagreement(
+                    f"a resolution of {given.step} s",
+                    f"{rung.retention} s" if rung else "none",
+                    f"{given.retention} s",
+                )
         if not self.rungs:
-            self._off += self._ahead
-        self.rungs, self.step = stored, stored[0].step
+            self.off += self._ahead
+        self.rungs = tuple(rung for _, rung in sorted(stored.items()))
+        self.step = self.rungs[0].step
+        self._viewed = self.now()
         return True
 
-    def _define(self, rungs: Ladder) -> Command[None]:
+    def _usual(self) -> Ladder:
+        return ladder(self.kind.usual, packed=self.kind.packed)
+
+    def until(self) -> int:
+        """Return until when, in µs, hits may be written that went by what is known now.
+
+        Nobody relies on a new resolution before that has passed for all who do not know of it.
+        """
+        return int(self._viewed + 2 * VIEW) * 1_000_000
+
+    def define(self, rungs: Ladder) -> Command[None]:
+        """Note down what everybody agrees on, or fail because somebody else has."""
         fields = self._fixed()
-        fields |= {f"r {r.step}": f"{r.retention} {r.buckets} {r.since}" for r in rungs}
+        fields |= {f"r {r.step}": " ".join(map(str, r[1:])) for r in rungs}
 
         def parse(reply: list[bytes]) -> None:
             if reply:
@@ -185,7 +196,11 @@ class Layout:
         return Command(words, (self._meta,), parse, script("define"), repeatable=True)
 
     def _fixed(self) -> dict[str, str]:
-        return {"kind": self._kind, "partitions": str(self.partitions)}
+        return {
+            "kind": self.kind.name,
+            "partitions": str(self.partitions),
+            **self.kind.fields(),
+        }
 
     def _disagreement(self, field: str, stored: str, given: str) -> UsageError:
         return UsageError(
@@ -206,88 +221,94 @@ class Layout:
     def write(
         self,
         hits: Sequence[Hit],
-        window: tuple[str, str] = _ALWAYS,
+        window: tuple[int, int] = (0, EXACT),
         fence: tuple[str, int] | None = None,
     ) -> Command[Applied]:
         """Add to buckets of one partition, in all resolutions; all of them, or none.
 
         `window` bounds the server's time, in µs, in which it may be done.
         """
-        rungs = self.rungs
+        folded = self._folded(hits)
+        last = len(self.rungs) - 1
+        coarsest = sum(buckets.level == last for buckets in folded)
+        return self.put(folded, coarsest, window, fence)
+
+    def put(
+        self,
+        folded: Folded,
+        coarsest: int = 0,
+        window: tuple[int, int] = (0, EXACT),
+        fence: tuple[str, int] | None = None,
+    ) -> Command[Applied]:
+        """Add to keys of one partition; the last `coarsest` of them must not have expired."""
         keys: list[bytes] = []
-        words: list[str] = []
-        coarsest = 0
-        for (level, key, pack), amounts in self._places(hits).items():
-            rung = rungs[level]
-            coarsest += level == len(rungs) - 1
-            keys.append(self.head(key) + b"%d:%d" % (rung.step, pack))
-            entries = _entries(amounts)
-            words += (str(-(-rung.buckets // 8)), str(rung.ends(pack)), str(len(entries)))
-            for place, amount in entries:
-                words += (str(place), str(amount))
-        sequence = ""
+        words: list[str | bytes] = ["", str(window[0]), str(window[1]), "", str(coarsest)]
+        entry = self.kind.words
+        for (level, key, pack), entries in folded.items():
+            rung = self.rungs[level]
+            keys.append(self.at(key, rung, pack))
+            told: list[tuple[str | bytes, ...]] = []
+            for (place, member), amounts in entries.items():
+                told += entry(place, member, amounts)
+            words += (str(self.kind.size(rung)), str(rung.ends(pack)), str(len(told)))
+            for some in told:
+                words += some
         if fence is not None:
             producer, number = fence
-            sequence = str(number)
-            keys.append(self._key(self.partition(hits[0].key), "f", producer))
-        args = (sequence, *window, "", str(coarsest), *words)
-        return Command(args, tuple(keys), _applied, self._add, repeatable=fence is not None)
+            words[0] = str(number)
+            p = self.partition(next(iter(folded)).key)
+            keys.append(self._key(p, "f", producer))
+        return Command(
+            tuple(words), tuple(keys), _applied, self.kind.script, repeatable=fence is not None
+        )
 
-    def _places(self, hits: Sequence[Hit]) -> _Places:
-        """Return the amounts for the places of packed keys, the coarsest resolution last."""
-        found: _Places = {}
+    def _folded(self, hits: Sequence[Hit]) -> Folded:
+        """Return what hits come to in every resolution, the coarsest last."""
+        found: Folded = {}
+        merged = self.kind.merged
         for level, rung in enumerate(self.rungs):
             span, step = rung.span, rung.step
-            for key, at, amount in hits:
+            for key, at, amounts, member in hits:
                 pack, rest = divmod(at, span)
-                amounts = found.setdefault((level, key, pack), {})
-                place = rest // step
-                amounts[place] = amounts.get(place, 0) + amount
+                entries = found.setdefault(Buckets(level, key, pack), {})
+                entry = (rest // step, member)
+                held = entries.get(entry)
+                entries[entry] = amounts if held is None else merged(held, amounts)
         return found
 
     def blamed(self, hits: Sequence[Hit], applied: Applied) -> int:
         """Return which hit was refused, or is one of those that were together too much."""
         at, *rest = applied.about
-        (level, key, pack), amounts = list(self._places(hits).items())[at - 1]
-        places = {_entries(amounts)[rest[0] - 1][0]} if rest else set(amounts)
+        (level, key, pack), entries = list(self._folded(hits).items())[at - 1]
         rung = self.rungs[level]
+        told = [
+            entry for entry, amounts in entries.items() for _ in self.kind.words(*entry, amounts)
+        ]
+        blamed = {told[rest[0] - 1]} if rest else set(told)
         return next(
             number
             for number, hit in enumerate(hits)
             if hit.key == key
             and rung.pack(hit.time) == pack
-            and hit.time % rung.span // rung.step in places
+            and (hit.time % rung.span // rung.step, hit.member) in blamed
         )
 
     # Reading
 
-    def read(self, heads: Sequence[bytes], packs: Sequence[tuple[Rung, int]]) -> list[Command[Any]]:
-        """Read packed keys of series of one partition, and the time by which they were there."""
+    def at(self, key: bytes, rung: Rung, pack: int) -> bytes:
+        """Return the key with some buckets of a series."""
+        return self.head(key) + b"%d:%d" % (rung.step, pack)
+
+    def read(
+        self, keys: Sequence[bytes], packs: Sequence[tuple[Rung, int]]
+    ) -> list[Command[list[Any]]]:
+        """Read keys of series of one partition: those of the first series, of the next, …"""
         ends = [b"%d:%d" % (rung.step, pack) for rung, pack in packs]
-        keys = tuple([head + end for head in heads for end in ends])
-        read: Command[Any] = Command(("MGET", *keys), keys, repeatable=True)
-        return [read, _time(keys[0])]
-
-
-def _entries(amounts: Mapping[int, int]) -> list[tuple[int, int]]:
-    """Return places and their amounts, in parts that Lua's numbers hold exactly."""
-    found = []
-    for place, amount in amounts.items():
-        while abs(amount) >= EXACT:
-            part = EXACT - 1 if amount > 0 else 1 - EXACT
-            found.append((place, part))
-            amount -= part
-        found.append((place, amount))
-    return found
+        return self.kind.read([head + end for head in map(self.head, keys) for end in ends])
 
 
 def _applied(reply: list[int]) -> Applied:
     return Applied(reply[0], reply[1], tuple(reply[2:]))
-
-
-def _time(key: bytes) -> Command[int]:
-    """Read the time of the server that has a key, in µs."""
-    return Command(("TIME",), (key,), _micros, repeatable=True)
 
 
 def _micros(reply: list[bytes]) -> int:
@@ -299,5 +320,6 @@ def _texts(reply: Any) -> dict[str, str]:
     return {field.decode(): value.decode() for field, value in pairs}
 
 
-def _rung(field: str, value: str) -> Rung:
-    return Rung(int(field[2:]), *map(int, value.split()))
+def _rung(field: tuple[str, str]) -> Rung | None:
+    name, value = field
+    return Rung(int(name[2:]), *map(int, value.split())) if name.startswith("r ") else None

@@ -17,7 +17,7 @@ import os
 from collections.abc import Iterator, Sequence
 from decimal import Decimal
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO, overload
+from typing import TYPE_CHECKING, Any, TextIO, TypeAlias, overload
 
 from redishacks.errors import UsageError
 from redishacks.timeseries import _calendar
@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     import pandas as pd
     from numpy.typing import NDArray
 
-#: What a point's value may be; a series has values of one kind.
-Number = int | float | Decimal
+#: What a point may be; `Decimal` for gauges of a fixed scale.
+Number: TypeAlias = int | float | Decimal
 
 #: Bars of a sparkline, from nothing to the most.
 _BARS = " ▁▂▃▄▅▆▇█"
@@ -44,10 +44,15 @@ class Total(int):
     resolution: int
     #: False when a part of the range has expired, or its fine buckets have.
     complete: bool
+    #: Relative standard error of an estimate; 0 of a sum.
+    error: float
 
-    def __new__(cls, value: int, start: int, end: int, resolution: int, complete: bool) -> Total:
+    def __new__(
+        cls, value: int, start: int, end: int, resolution: int, complete: bool, error: float = 0.0
+    ) -> Total:
         """Make one."""
         made = super().__new__(cls, value)
+        made.error = error
         made.start, made.end, made.resolution, made.complete = start, end, resolution, complete
         return made
 

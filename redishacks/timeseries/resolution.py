@@ -3,7 +3,8 @@
     Resolution(10, dt.timedelta(days=2))         # 10-second buckets, each for two days at least
 
 A hit is counted in one bucket of every resolution. Several buckets of a resolution stand in one
-packed key, which expires at once: a retention is rounded up to whole packed keys.
+packed key, which expires at once, and so do all that are in a coarser bucket: a retention is
+rounded up to that.
 """
 
 from __future__ import annotations
@@ -40,6 +41,8 @@ DEFAULT = (
     Resolution(HOUR, 400 * DAY),
     Resolution(DAY, 1830 * DAY),
 )
+#: The same for what takes hundreds of bytes a bucket.
+COARSE = DEFAULT[2:]
 
 
 class Rung(NamedTuple):
@@ -49,6 +52,8 @@ class Rung(NamedTuple):
     retention: int
     #: How many buckets a packed key has.
     buckets: int
+    #: So many seconds expire together: a packed key, or the keys of a coarser bucket.
+    group: int
     #: No bucket before it is whole: the resolution was added then.
     since: int = 0
 
@@ -63,19 +68,21 @@ class Rung(NamedTuple):
 
     def ends(self, pack: int) -> int:
         """Return when a packed key expires."""
-        return (pack + 1) * self.span + self.retention
+        return -(-(pack + 1) * self.span // self.group) * self.group + self.retention
 
     def horizon(self, now: int) -> int:
         """Return when the oldest bucket begins that is still whole."""
-        return max((now - self.retention) // self.span * self.span, self.since)
+        return max((now - self.retention) // self.group * self.group, self.since)
 
 
 #: The resolutions of a name, the finest first.
 Ladder = tuple[Rung, ...]
 
 
-def ladder(resolutions: Iterable[Resolution | tuple[Seconds, Seconds]]) -> Ladder:
-    """Check resolutions, and say how they are packed; raises `UsageError`.
+def ladder(
+    resolutions: Iterable[Resolution | tuple[Seconds, Seconds]], *, packed: bool = True
+) -> Ladder:
+    """Check resolutions, and say how they are packed, if at all; raises `UsageError`.
 
     Each step must divide the next, so that a coarse bucket is the sum of finer ones, and what is
     coarser must be kept for as long at least.
@@ -108,9 +115,13 @@ def ladder(resolutions: Iterable[Resolution | tuple[Seconds, Seconds]]) -> Ladde
     coarser_steps = [*steps[1:], steps[-1]]
     rungs: list[Rung] = []
     for (step, kept), coarser in zip(pairs, coarser_steps, strict=True):
-        if rungs:  # it outlives what is finer, with the whole packed keys of that
-            kept = max(kept, rungs[-1].retention + rungs[-1].span)
-        rungs.append(Rung(step, kept, _packed(coarser // step)))
+        if rungs:  # it outlives what is finer, with all that expires together
+            kept = max(kept, rungs[-1].retention + rungs[-1].group)
+        buckets = _packed(coarser // step) if packed else 1
+        span = step * buckets
+        # Where finer buckets end a coarser one begins, or a range could not be tiled.
+        group = span if span % coarser == 0 else coarser
+        rungs.append(Rung(step, kept, buckets, group))
     return tuple(rungs)
 
 

@@ -14,40 +14,113 @@ whole. Keys: see commands.py.
 from __future__ import annotations
 
 import datetime as dt
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from redishacks import _keys
-from redishacks._buffer import Buffer
-from redishacks._drive import AsyncTransport, Transport, drive, drive_async
+from redishacks._command import Command, Steps
+from redishacks._drive import AsyncTransport, Transport
 from redishacks._keys import Id
-from redishacks._linger import AsyncCoalescer, AsyncLingering, Coalescer, Lingering
-from redishacks._transport import Hook, connect, connect_async
-from redishacks._units import Instant
+from redishacks._linger import AsyncCoalescer, Coalescer
+from redishacks._units import EXACT, Instant
+from redishacks.errors import UsageError
 from redishacks.timeseries import _calendar
-from redishacks.timeseries._core import Core, Item, shown
+from redishacks.timeseries._colours import AsyncSeries, SyncSeries
+from redishacks.timeseries._core import C, Core, Draft, T
+from redishacks.timeseries._kind import Amounts, Kind, mget
+from redishacks.timeseries._packing import Packed
 from redishacks.timeseries.plan import Plan
 from redishacks.timeseries.points import Series, Total
+from redishacks.timeseries.resolution import Rung
+
+#: A series and an amount, and when that was; without a time it was now.
+Item = tuple[Id, int] | tuple[Id, int, Instant | None]
 
 
-class TimeSeries(Lingering, Core[Transport, Coalescer]):
+class Sums(Kind):
+    """Integers of 64 bits that add up, packed."""
+
+    name = "sum"
+    script_name = "series_add"
+
+    def size(self, rung: Rung) -> int:
+        """Return the bytes of the bitmap."""
+        return -(-rung.buckets // 8)
+
+    def merged(self, first: Amounts, then: Amounts) -> Amounts:
+        """Return the sum."""
+        return (first[0] + then[0],)
+
+    def words(self, place: int, member: bytes, amounts: Amounts) -> list[tuple[str | bytes, ...]]:
+        """Return the place and the amount, in parts that Lua's numbers hold exactly."""
+        (amount,) = amounts
+        told: list[tuple[str | bytes, ...]] = []
+        while abs(amount) >= EXACT:
+            part = EXACT - 1 if amount > 0 else 1 - EXACT
+            told.append((str(place), str(part)))
+            amount -= part
+        told.append((str(place), str(amount)))
+        return told
+
+    def read(self, keys: Sequence[bytes]) -> list[Command[list[Any]]]:
+        """Read them with one command."""
+        return mget(keys)
+
+    def bucket(self, raw: Any, rung: Rung) -> Packed:
+        """Return a packed key."""
+        return Packed(raw, rung.buckets)
+
+
+class _Counted(Core[T, C]):
+    """What both colours of `TimeSeries` share."""
+
+    kind = Sums()
+
+    def _sums(
+        self, keys: Sequence[Id], start: Instant, end: Instant | None, strict: bool
+    ) -> Steps[list[Total]]:
+        raws = [_keys.id_bytes(key, "series") for key in keys]
+        made, found = yield from self._buckets(raws, start, end, strict)
+        return [_total(made, packed) for packed in found]
+
+    def _today(self, key: Id, tz: str | dt.tzinfo) -> Steps[Total]:
+        start, end = yield from self._day(tz)
+        (total,) = yield from self._sums([key], start, end, False)
+        return total
+
+    def _points(
+        self,
+        key: Id,
+        start: Instant,
+        end: Instant | None,
+        step: _calendar.Step,
+        tz: str | dt.tzinfo,
+    ) -> Steps[Series]:
+        made, found = yield from self._framed(key, start, end, step, tz)
+        flat: list[int] = []
+        for tile, packed in zip(made.tiles, found, strict=True):
+            flat += packed.spread(tile.first, tile.last)
+        values = made.fold(flat, _added)
+        return made.series(values)
+
+
+def _added(values: Sequence[int]) -> int:
+    return sum(values)
+
+
+def _total(made: Plan, packed: Sequence[Packed]) -> Total:
+    value = 0
+    for tile, each in zip(made.tiles, packed, strict=True):
+        value += sum(each.values(tile.first, tile.last))
+    return Total(value, made.start, made.end, made.resolution, made.complete)
+
+
+class TimeSeries(_Counted[Transport, Coalescer], SyncSeries):
     """Counts per bucket of time, in several resolutions at once; sums of any range.
 
-    `client` is a `redis.Redis`, a Sentinel master, a `redis.RedisCluster` or a URL; `name` is that
-    of many series, which need not be declared.
-
-    - `resolutions`: pairs of seconds, (step, retention); by default 10 s for 2 days, 1 min for 8,
-      10 min for 32, 1 h for 400 and 1 d for 1,830 days. Whoever writes first decides.
-    - `partitions` spreads a name over so many slots of a cluster: 64 there, 1 elsewhere.
-    - `linger`, `max_buffered`, `overflow`, `on_refused`, `on_maybe_applied`, `deadline` and
-      `on_command` are those of `BufferedCounter`.
+    Arguments: see `SyncSeries`. By default buckets of 10 s are kept for 2 days, of 1 min for 8, of
+    10 min for 32, of 1 h for 400 and of 1 d for 1,830 days.
     """
-
-    def _connect(self, client: Any, on_command: Hook | None) -> Transport:
-        return connect(client, on_command)
-
-    def _coalesce(self, buffer: Buffer, **options: Any) -> Coalescer:
-        return Coalescer(buffer, self.transport, **options)
 
     def incr(self, key: Id, amount: int = 1, *, at: Instant | None = None) -> None:
         """Add to the bucket of now, by the server's clock, or of another moment.
@@ -58,10 +131,9 @@ class TimeSeries(Lingering, Core[Transport, Coalescer]):
         `UnavailableError` when it was not counted, and `MaybeAppliedError` when the reply was lost.
         """
         coalescer = self._coalescer
-        if coalescer is None:
-            drive(self._incr(key, amount, at), self.transport, self.deadline)
-        elif (
-            at is None
+        if (
+            coalescer is not None
+            and at is None
             and type(amount) is int
             and amount == 1
             and type(key) is str
@@ -71,11 +143,11 @@ class TimeSeries(Lingering, Core[Transport, Coalescer]):
             ones = coalescer.buffer.ones
             if len(ones) >= coalescer.buffer.room:
                 coalescer.make_room()
-            ones.append(f"{self.layout.stamp()}:{key}")
+            ones.append(f"{self.layout.stamp()}:{len(key)}:{key}")
             if coalescer.closed:
                 coalescer.send_late()
         else:
-            coalescer.add(*self._lingering(key, amount, at))
+            self._count(_draft((key, amount, at)))
 
     def incr_many(self, items: Iterable[Item]) -> None:
         """Add many amounts: `(series, amount)`, or `(series, amount, at)` for other moments.
@@ -83,10 +155,7 @@ class TimeSeries(Lingering, Core[Transport, Coalescer]):
         One round trip for 500 of them in one partition; each part is atomic. Raises as `incr`, or
         `PartlyAppliedError`, which says what became of which series.
         """
-        if self._coalescer is not None:
-            self._coalescer.add_all(self._items(items), shown)
-        elif hits := self._hits(items):
-            drive(self._add(hits), self.transport, self.deadline)
+        self._count_all(map(_draft, items))
 
     def sum(
         self, key: Id, start: Instant, end: Instant | None = None, *, strict: bool = False
@@ -97,7 +166,7 @@ class TimeSeries(Lingering, Core[Transport, Coalescer]):
         what it covers. With `strict` that raises `RetentionError` where it is not the range asked
         for, to the finest resolution. One round trip.
         """
-        (total,) = drive(self._sums([key], start, end, strict), self.transport, self.deadline)
+        (total,) = self._ask(self._sums([key], start, end, strict))
         return total
 
     def sums(
@@ -110,12 +179,12 @@ class TimeSeries(Lingering, Core[Transport, Coalescer]):
     ) -> dict[Id, Total]:
         """Return the sums of many series, as `sum`. One round trip (per node of a cluster)."""
         some = list(dict.fromkeys(keys))
-        totals = drive(self._sums(some, start, end, strict), self.transport, self.deadline)
+        totals = self._ask(self._sums(some, start, end, strict))
         return dict(zip(some, totals, strict=True))
 
     def today(self, key: Id, tz: str | dt.tzinfo = "UTC") -> Total:
         """Return the sum since midnight in a time zone, such as "America/Recife"."""
-        return drive(self._today(key, tz), self.transport, self.deadline)
+        return self._ask(self._today(key, tz))
 
     def range(
         self, key: Id, start: Instant, end: Instant | None = None, *, step: _calendar.Step,
@@ -126,43 +195,25 @@ class TimeSeries(Lingering, Core[Transport, Coalescer]):
         In the time zone `tz` days have 23 and 25 hours where they do. A point without hits is 0;
         it is None where the buckets have expired, and in the future. One round trip.
         """
-        steps = self._points(key, start, end, step, tz)
-        return drive(steps, self.transport, self.deadline)
-
-    def explain(self, key: Id, start: Instant, end: Instant | None = None) -> Plan:
-        """Return what `sum` reads: which buckets of which resolution, and how many bytes."""
-        return drive(self._explain(key, start, end), self.transport, self.deadline)
+        return self._ask(self._points(key, start, end, step, tz))
 
 
-class AsyncTimeSeries(AsyncLingering, Core[AsyncTransport, AsyncCoalescer]):
+class AsyncTimeSeries(_Counted[AsyncTransport, AsyncCoalescer], AsyncSeries):
     """`TimeSeries` for asyncio, with the same arguments; `client` is from `redis.asyncio`."""
-
-    def _connect(self, client: Any, on_command: Hook | None) -> AsyncTransport:
-        return connect_async(client, on_command)
-
-    def _coalesce(self, buffer: Buffer, **options: Any) -> AsyncCoalescer:
-        return AsyncCoalescer(buffer, self.transport, **options)
 
     async def incr(self, key: Id, amount: int = 1, *, at: Instant | None = None) -> None:
         """Add to the bucket of now or of another moment, as `TimeSeries.incr`."""
-        if self._coalescer is None:
-            await drive_async(self._incr(key, amount, at), self.transport, self.deadline)
-        else:
-            await self._coalescer.add(*self._lingering(key, amount, at))
+        await self._count(_draft((key, amount, at)))
 
     async def incr_many(self, items: Iterable[Item]) -> None:
         """Add many amounts, as `TimeSeries.incr_many`."""
-        if self._coalescer is not None:
-            await self._coalescer.add_all(self._items(items), shown)
-        elif hits := self._hits(items):
-            await drive_async(self._add(hits), self.transport, self.deadline)
+        await self._count_all(map(_draft, items))
 
     async def sum(
         self, key: Id, start: Instant, end: Instant | None = None, *, strict: bool = False
     ) -> Total:
         """Return the sum from `start` to before `end`, as `TimeSeries.sum`."""
-        steps = self._sums([key], start, end, strict)
-        (total,) = await drive_async(steps, self.transport, self.deadline)
+        (total,) = await self._ask(self._sums([key], start, end, strict))
         return total
 
     async def sums(
@@ -175,22 +226,27 @@ class AsyncTimeSeries(AsyncLingering, Core[AsyncTransport, AsyncCoalescer]):
     ) -> dict[Id, Total]:
         """Return the sums of many series, as `TimeSeries.sums`."""
         some = list(dict.fromkeys(keys))
-        steps = self._sums(some, start, end, strict)
-        totals = await drive_async(steps, self.transport, self.deadline)
+        totals = await self._ask(self._sums(some, start, end, strict))
         return dict(zip(some, totals, strict=True))
 
     async def today(self, key: Id, tz: str | dt.tzinfo = "UTC") -> Total:
         """Return the sum since midnight in a time zone, as `TimeSeries.today`."""
-        return await drive_async(self._today(key, tz), self.transport, self.deadline)
+        return await self._ask(self._today(key, tz))
 
     async def range(
         self, key: Id, start: Instant, end: Instant | None = None, *, step: _calendar.Step,
         tz: str | dt.tzinfo = "UTC",
     ) -> Series:  # fmt: skip
         """Return points that begin at multiples of `step`, as `TimeSeries.range`."""
-        steps = self._points(key, start, end, step, tz)
-        return await drive_async(steps, self.transport, self.deadline)
+        return await self._ask(self._points(key, start, end, step, tz))
 
-    async def explain(self, key: Id, start: Instant, end: Instant | None = None) -> Plan:
-        """Return what `sum` reads, as `TimeSeries.explain`."""
-        return await drive_async(self._explain(key, start, end), self.transport, self.deadline)
+
+def _draft(item: Item) -> Draft:
+    if not isinstance(item, tuple | list) or len(item) not in (2, 3):
+        raise UsageError(
+            f"incr_many() takes (series, amount) or (series, amount, at), not {item!r}"
+        )
+    key, amount, at = (*item, None)[:3]
+    if isinstance(amount, bool) or not isinstance(amount, int) or not -EXACT < amount < EXACT:
+        raise UsageError(f"an amount is an int below 2^53 of either sign, not {amount!r}")
+    return Draft(_keys.id_bytes(key, "series"), (amount,), at)

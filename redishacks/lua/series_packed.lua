@@ -1,0 +1,67 @@
+-- Many buckets in one string, for the scripts that write such: included by them.
+--
+-- byte 1: bytes of a value; then a bit per bucket that is set where it has a value, the first
+-- bucket's is the highest; then the values of those that have one, in order.
+
+--@ include series_frame
+
+local encode, decode = struct.pack, struct.unpack
+local HALF = 4294967296
+
+local function ones(b) -- bits that are set in a byte
+  local count = 0
+  while b > 0 do
+    count = count + b % 2
+    b = (b - b % 2) / 2
+  end
+  return count
+end
+
+-- Where a bucket's bit stands: its byte of the string, and that bit's value.
+local function bit_of(place)
+  return 2 + (place - place % 8) / 8, 2 ^ (7 - place % 8)
+end
+
+local function rank(s, size, cell, bits, bit) -- how many values stand before a bucket's
+  local later = find(s, '[^%z]', cell + 1)
+  if bits % bit == 0 and not (later and later <= 1 + size) then
+    return (#s - 1 - size) / byte(s, 1) - (bits % (2 * bit) >= bit and 1 or 0)
+  end
+  local count = ones(bits - bits % (2 * bit))
+  for i = 2, cell - 1 do
+    count = count + ones(byte(s, i))
+  end
+  return count
+end
+
+-- The string with a value put in the place of an old one, or between the others.
+local function put(s, there, cell, bits, bit, from, value)
+  if there then
+    return sub(s, 1, from - 1) .. value .. sub(s, from + #value)
+  end
+  return sub(s, 1, cell - 1) .. char(bits + bit) .. sub(s, cell + 1, from - 1) .. value .. sub(s, from)
+end
+
+-- A sum of 64 bits in halves, for Lua's numbers are exact to 2^53 only; nil if it passes 2^63.
+local function halves(high, low)
+  if low >= HALF then
+    high, low = high + 1, low - HALF
+  end
+  if high >= 2147483648 or high < -2147483648 then
+    return nil
+  end
+  return encode('>i4I4', high, low)
+end
+
+-- What writes a key's new string; `from` and `value` when that is all that differs from the old.
+local function written(key, old, s, expires, from, value)
+  return function()
+    if old and from then
+      call('SETRANGE', key, from - 1, value)
+    elseif old then
+      call('SET', key, s, 'KEEPTTL')
+    else
+      call('SET', key, s, 'PXAT', at_once(expires))
+    end
+  end
+end
