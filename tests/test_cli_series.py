@@ -29,7 +29,15 @@ from rich.cells import cell_len
 from redishacks.cli import chart, commands, when
 from redishacks.errors import UsageError
 from redishacks.testing import Cluster, Server, valkey_server
-from redishacks.timeseries import Resolution, Series, TimeSeries
+from redishacks.timeseries import (
+    DistinctSeries,
+    GaugeSeries,
+    LatencySeries,
+    Resolution,
+    Series,
+    TimeSeries,
+    TopSeries,
+)
 from redishacks.timeseries.points import Number
 
 #: The module; in the package its name is that of the command.
@@ -767,6 +775,70 @@ def test_one_connection(shell: Shell) -> None:
         for _ in range(5):
             assert of.open().series.sum("a", time.time() - 60) == 5
         assert received() - before <= 1
+
+
+# Other kinds
+
+
+def test_distinct_members(shell: Shell, sleeps: list[Any]) -> None:
+    """Points and sums are how many there were; over a range they are not the sum of the points."""
+    start = yesterday()
+    with DistinctSeries(shell.url, "seen", prefix=shell.prefix, deadline=5) as seen:
+        for hour in (1, 5):
+            seen.add("a", "x", "y", at=start + hour * HOUR)
+        seen.add("a", "z")
+    day = ["--since", iso(start), "--until", iso(start + DAY)]
+    (shown,) = shell.objects("plot", "seen", "a", *day, "--step", "4h")
+    assert [value for _, value in shown["points"]] == [2, 2, 0, 0, 0, 0]
+    text = shell.shown("plot", "seen", "a", *day)
+    assert "distinct members of each from " in text.splitlines()[-1]
+    assert shell.objects("sum", "seen", "a", *day)[0]["sum"] == 2
+    assert shell.objects("list", "seen")[0]["sum"] in (1, 3)
+    assert re.split("  +", shell.shown("watch", "seen", "a", "--since", "3d"))[1] == "3"
+
+
+def test_gauges(shell: Shell, sleeps: list[Any]) -> None:
+    """Points are the last values, of any scale; there are no sums, which is said."""
+    start = yesterday()
+    with GaugeSeries(shell.url, "load", scale=2, prefix=shell.prefix, deadline=5) as load:
+        load.set("a", Decimal("7.50"), at=start + HOUR)
+        load.set("a", Decimal("-1.25"), at=start + 5 * HOUR)
+    day = ["--since", iso(start), "--until", iso(start + DAY)]
+    assert shell.shown("plot", "load", "a", *day, "--step", "8h", "--csv").splitlines()[1:] == [
+        f"{iso(start)},-1.25", f"{iso(start + 8 * HOUR)},", f"{iso(start + 16 * HOUR)},",
+    ]  # fmt: skip
+    lines = shell.shown("plot", "load", "a", *day, "--step", "4h").splitlines()
+    assert "the last value of each from " in lines[-1]
+    assert "· is not known" in lines[-1]
+    assert any(line.startswith("-") for line in lines)
+    assert "has no sums" in failed(shell.run("sum", "load", "a"), 2)
+    (shown,) = shell.objects("list", "load")
+    assert "sum" not in shown
+    assert re.split("  +", shell.shown("watch", "load", "a", "--since", "3d"))[1] == "-1.25"
+    assert re.split("  +", shell.shown("watch", "load", "b", "--since", "3d"))[1] == "-"
+    assert shell.shown("list", "load").split()[-1] == "a"
+
+
+def test_latencies(shell: Shell) -> None:
+    """Points are what 99 % of the durations do not exceed, in seconds."""
+    start = yesterday()
+    with LatencySeries(shell.url, "took", prefix=shell.prefix, deadline=5) as took:
+        took.record_many([("a", 0.1, start + HOUR)] * 980 + [("a", 0.5, start + HOUR)] * 20)
+    day = ["--since", iso(start), "--until", iso(start + DAY)]
+    (shown,) = shell.objects("plot", "took", "a", *day, "--step", "12h")
+    (_, first), (_, second) = shown["points"]
+    assert first == pytest.approx(0.5, rel=0.01)
+    assert second is None
+    assert "seconds that 99% of each do not exceed" in shell.shown("plot", "took", "a", *day)
+    assert "has no sums" in failed(shell.run("sum", "took", "a"), 2)
+
+
+def test_a_kind_without_points(shell: Shell) -> None:
+    """The heaviest members cannot be drawn: exit code 2."""
+    with TopSeries(shell.url, "pages", prefix=shell.prefix, deadline=5) as pages:
+        pages.incr("a", "/")
+    for command in ("plot", "sum", "watch"):
+        assert "of the kind 'top'" in failed(shell.run(command, "pages", "a"), 2)
 
 
 # How it ends

@@ -17,7 +17,7 @@ import signal
 import threading
 import urllib.parse
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import click
@@ -31,8 +31,9 @@ from redishacks._drive import Transport, drive
 from redishacks._words import many
 from redishacks.cli import chart, show, when
 from redishacks.cli.ending import EXIT_CODES, one_line
+from redishacks.cli.kinds import Kind, Look, kind_of
 from redishacks.errors import UnavailableError, UsageError
-from redishacks.timeseries import Series, TimeSeries, Total, _calendar
+from redishacks.timeseries import Series, Total, _calendar
 from redishacks.timeseries.record import Record, look_up
 from redishacks.timeseries.resolution import DAY, HOUR, MINUTE
 
@@ -44,9 +45,6 @@ _ROWS = 12
 _MOST = 1500
 #: Series of a list that are summed up in one round trip.
 _PAGE = 500
-
-#: What opens a series of a kind.
-_KINDS: dict[str, Callable[..., TimeSeries]] = {"sum": TimeSeries}
 
 #: Steps that people think in, and how long they are.
 _STEPS: dict[float | str, int] = {
@@ -61,10 +59,16 @@ _STEPS: dict[float | str, int] = {
 class _Opened(NamedTuple):
     """A series in use."""
 
-    series: TimeSeries
+    kind: Kind
+    series: Any
     record: Record
     #: The server's time, in seconds since 1970.
     now: float
+
+    def totals(self, keys: Sequence[str | bytes], start: float) -> Mapping[Any, Total]:
+        """Return one number of each series until now; nothing for kinds that have none."""
+        totals = self.kind.totals
+        return {} if totals is None else totals(self.series, keys, start, None)
 
 
 @dataclasses.dataclass
@@ -90,15 +94,12 @@ class _Of:
                 f"no series {self.name!r} has been written (prefix {self.prefix!r}); "
                 "is the name right?"
             )
-        if record.kind not in _KINDS:
-            raise UsageError(
-                f"{self.name!r} is of the kind {record.kind!r}; shown are: {', '.join(_KINDS)}"
-            )
-        series = _KINDS[record.kind](
-            self.url, self.name, partitions=record.partitions, prefix=self.prefix,
-            deadline=_DEADLINE,
+        kind = kind_of(self.name, record)
+        series = kind.opens(
+            self.url, self.name, partitions=record.partitions, fields=record.fields,
+            prefix=self.prefix, deadline=_DEADLINE,
         )  # fmt: skip
-        return _Opened(series, record, now)
+        return _Opened(kind, series, record, now)
 
 
 class _Range(NamedTuple):
@@ -118,14 +119,14 @@ class _Range(NamedTuple):
             raise UsageError(f"--since is {first}, after --until, {last}")
         return start, end
 
-    def points(self, opened: _Opened, key: str, most: int) -> Series:
+    def points(self, opened: _Opened, key: str | bytes, most: int) -> Series:
         """Read points, about so many when no step is given."""
         start, end = self.bounds(opened.now)
         last = opened.now if end is None else end
         step = self.step
         if step is None:
             step = _fitting(opened, start, last, most, self.tz)
-        return opened.series.range(key, start, end, step=step, tz=self.tz)
+        return opened.kind.points(opened.series, key, Look(start, end, step, self.tz))
 
 
 def _fitting(opened: _Opened, start: float, end: float, most: int, tz: dt.tzinfo) -> float | str:
@@ -230,7 +231,7 @@ def plot(
     out = show.console()
     points = asked.points(opened, key, chart.room(_window(out).columns))
     out.print(_drawn(points, _title(of, key), asked.tz, out), no_wrap=True, overflow="ellipsis")
-    out.print(_about(points, asked.tz, out))
+    out.print(_about(opened, points, asked.tz, out))
 
 
 @series.command("sum", epilog=EXIT_CODES)
@@ -261,7 +262,9 @@ def sum_(
     start, end = asked.bounds(opened.now)
     if today:
         start, end = _calendar.day(opened.now, asked.tz)
-    totals = opened.series.sums(keys, start, end)
+    if opened.kind.totals is None:
+        raise UsageError(f"{of.name!r} is of the kind {opened.record.kind!r}, which has no sums")
+    totals = opened.kind.totals(opened.series, keys, start, end)
     if as_json:
         for key, total in totals.items():
             show.print_json({"name": of.name, "key": key, **_total_as_json(total)})
@@ -288,19 +291,20 @@ def list_(of: _Of, match: str | None, as_json: bool) -> None:
     Looks through all keys of the database, a thousand at a time.
     """
     opened = of.open()
-    start = opened.now - DAY
-    step = _fitting(opened, start, opened.now, 26, dt.UTC)
+    asked = _Range(when.Moment(DAY), None, None, dt.UTC)
     keys = sorted(set(_keys_of(opened, of, match)), key=_keys.id_bytes)
     rows = []
     for at in range(0, len(keys), _PAGE):
-        for key, total in opened.series.sums(keys[at : at + _PAGE], start).items():
-            assert isinstance(key, str | bytes)
-            points = opened.series.range(key, start, step=step)
+        some = keys[at : at + _PAGE]
+        totals = opened.totals(some, opened.now - DAY)
+        for key in some:
+            points = asked.points(opened, key, 26)
             if as_json:
                 shown = {"key": key} if isinstance(key, str) else {"key_hex": key.hex()}
-                about = {**_total_as_json(total), "points": list(points)}
-                show.print_json({"name": of.name, **shown, **about})
-            rows.append((f"{total:,}", points.sparkline(), show.printable(key)))
+                about = {**_total_as_json(totals[key])} if key in totals else {}
+                show.print_json({"name": of.name, **shown, **about, "points": list(points)})
+            number = _one(totals.get(key), points)
+            rows.append((number, points.sparkline(), show.printable(key)))
     if as_json:
         return
     out = show.console()
@@ -392,9 +396,9 @@ class _Lines:
     def __call__(self, opened: _Opened) -> None:
         """Show how it is now."""
         points = self.asked.points(opened, self.key, 60)
-        total = opened.series.sum(self.key, self.asked.bounds(opened.now)[0])
+        total = opened.totals([self.key], self.asked.bounds(opened.now)[0]).get(self.key)
         now = when.shown(opened.now, self.asked.tz)
-        line = f"{now}  {int(total):,}  {points.sparkline(60)}"
+        line = f"{now}  {_one(total, points)}  {points.sparkline(60)}"
         self.out.print(Text(_fit(line, self.out)))
 
     def away(self, error: UnavailableError) -> None:
@@ -421,7 +425,7 @@ class _Live(_Lines):
         points = self.asked.points(opened, self.key, chart.room(_window(self.out).columns))
         title = f"{_title(self.of, self.key)}  {when.shown(opened.now, self.asked.tz)}"
         self._drawn = _drawn(points, title, self.asked.tz, self.out)
-        self._drawn.append("\n").append_text(_about(points, self.asked.tz, self.out))
+        self._drawn.append("\n").append_text(_about(opened, points, self.asked.tz, self.out))
         self._live.update(self._drawn, refresh=True)
 
     def away(self, error: UnavailableError) -> None:
@@ -494,9 +498,10 @@ def _drawn(points: Series, title: str, tz: dt.tzinfo, on: Console) -> Text:
     return chart.plain(text) if on.options.ascii_only else text
 
 
-def _about(points: Series, tz: dt.tzinfo, on: Console) -> Text:
+def _about(opened: _Opened, points: Series, tz: dt.tzinfo, on: Console) -> Text:
     """Return what is said below a chart."""
-    words = [f"{points.sum():,} {_covers(points.times[0], points.end, tz)}"]
+    what = opened.kind.about or f"{points.sum():,}"
+    words = [f"{what} {_covers(points.times[0], points.end, tz)}"]
     size = chart.shared(points, _window(on).columns)
     words.append(
         many(len(points), "point") + (f", a bar is the mean of {size}" if size > 1 else "")
@@ -512,6 +517,13 @@ def _about(points: Series, tz: dt.tzinfo, on: Console) -> Text:
 def _fit(line: str, on: Console) -> str:
     """Return a line with bars in it as the terminal can show it."""
     return chart.plain(Text(line)).plain if on.options.ascii_only else line
+
+
+def _one(total: Total | None, points: Series) -> str:
+    """Return one number: the total, or the last that is known."""
+    known = (value for value in reversed(points.values) if value is not None)
+    number = next(known, None) if total is None else int(total)
+    return "-" if number is None else f"{number:,}"
 
 
 def _covers(start: int, end: int, tz: dt.tzinfo) -> str:

@@ -22,6 +22,8 @@ class Record(NamedTuple):
     kind: str
     partitions: int
     rungs: Ladder
+    #: All that is noted, by its name there.
+    fields: dict[str, str]
 
 
 def look_up(prefix: str, name: str) -> Steps[tuple[Record | None, float]]:
@@ -51,4 +53,4 @@ def _record(reply: Any) -> Record | None:
         for field, value in fields.items()
         if field.startswith("r ")
     ]
-    return Record(fields["kind"], int(fields["partitions"]), tuple(sorted(rungs)))
+    return Record(fields["kind"], int(fields["partitions"]), tuple(sorted(rungs)), fields)
