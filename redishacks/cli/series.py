@@ -301,7 +301,7 @@ def list_(of: _Of, match: str | None, as_json: bool) -> None:
             points = asked.points(opened, key, 26)
             if as_json:
                 shown = {"key": key} if isinstance(key, str) else {"key_hex": key.hex()}
-                about = {**_total_as_json(totals[key])} if key in totals else {}
+                about = _total_as_json(totals[key]) if key in totals else {}
                 show.print_json({"name": of.name, **shown, **about, "points": list(points)})
             number = _one(totals.get(key), points)
             rows.append((number, points.sparkline(), show.printable(key)))
