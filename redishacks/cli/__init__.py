@@ -18,6 +18,7 @@ from redishacks.cli.flush import flush
 from redishacks.cli.limits import limits
 from redishacks.cli.locks import locks
 from redishacks.cli.look import dead, doctor, status
+from redishacks.cli.series import series
 
 __all__ = ["commands"]
 
@@ -32,5 +33,5 @@ def commands() -> None:
     """Redis tricks that keep a big site up: right under faults, fast."""
 
 
-for command in (demo, flush, status, doctor, dead, limits, locks):
+for command in (demo, flush, status, doctor, dead, limits, locks, series):
     commands.add_command(command)
