@@ -91,7 +91,7 @@ def test_on_every_server(colour: Both, binary: Any, prefix: str) -> None:
     with serve(binary) as server:
         story(colour, lambda: colour.client(server.url), prefix)
         with server.client() as raw:
-            series = TimeSeries(server.url, "hits", prefix=prefix)
+            series = TimeSeries(server.url, "hits", prefix=prefix, deadline=5)
             series.sum("a", 0)
             agree([each for each in stored(raw, series, prefix) if each.series in "a7"])
 
@@ -138,10 +138,10 @@ def test_databases_and_prefixes_are_apart(colour: Both, valkey: Server, prefix: 
     now = time.time()
     other_db = valkey.url.removesuffix("0") + "3"
     made = [
-        colour.series(valkey.url, prefix=prefix),
-        colour.series(other_db, prefix=prefix),
+        colour.series(valkey.url, prefix=prefix, deadline=5),
+        colour.series(other_db, prefix=prefix, deadline=5),
         colour.series(colour.client(valkey.url, db=3), prefix=f"{prefix}-other"),
-        colour.series(valkey.url, "hits2", prefix=prefix),
+        colour.series(valkey.url, "hits2", prefix=prefix, deadline=5),
     ]
     for amount, series in enumerate(made, 1):
         series.incr("a", amount)
@@ -162,7 +162,7 @@ def test_on_a_cluster(colour: Both, cluster: Cluster, prefix: str) -> None:
     """Series lie in slots of all nodes, and every command stays in one slot."""
     story(colour, lambda: on_cluster(colour, cluster), prefix)
     keys = [f"k{n}" for n in range(60)]
-    series = colour.series(on_cluster(colour, cluster), prefix=prefix)
+    series = colour.series(on_cluster(colour, cluster), prefix=prefix, deadline=5)
     now = time.time()
     series.incr_many((key, n) for n, key in enumerate(keys))
     assert series.sums(keys, now - 60) == {key: n for n, key in enumerate(keys)}
@@ -324,7 +324,7 @@ def test_through_sentinel(colour: Both, prefix: str) -> None:
         lingering.close()
         assert hits.sum("b", now - 60, now + 60) == 111
         with setup.primary.client() as raw:
-            there = TimeSeries(setup.primary.url, "hits", prefix=prefix)
+            there = TimeSeries(setup.primary.url, "hits", prefix=prefix, deadline=5)
             there.sum("a", now)
             found = stored(raw, there, prefix)
         assert {each.series for each in found} == {"a", "b"}
@@ -389,13 +389,13 @@ def test_the_acl_of_series_is_enough(valkey: Server, prefix: str) -> None:
 def test_rights_that_are_missing(valkey: Server, prefix: str) -> None:
     """Who may only read is told so by the first write, and nothing is counted."""
     now = time.time()
-    TimeSeries(valkey.url, "hits", prefix=prefix).incr("a", 2)
+    TimeSeries(valkey.url, "hits", prefix=prefix, deadline=5).incr("a", 2)
     with valkey.client() as admin:
         rights = ["on", ">password", "~*", "+mget", "+hgetall", "+time", "+ping", "+hello"]
         admin.execute_command("ACL", "SETUSER", prefix, "reset", *rights)
         user = redis.Redis(port=valkey.port, username=prefix, password="password")
         try:
-            reader = TimeSeries(user, "hits", prefix=prefix)
+            reader = TimeSeries(user, "hits", prefix=prefix, deadline=5)
             assert reader.sum("a", now - 60) == 2
             with pytest.raises(ServerError, match="NOPERM"):
                 reader.incr("a")
