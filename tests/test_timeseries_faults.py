@@ -597,14 +597,13 @@ def test_a_full_server(prefix: str, make: Any) -> None:
         now = int(time.time())
         series.incr("k0", at=now)
         raw.config_set("maxmemory", raw.info("memory")["used_memory"] + 200_000)
-        counted = 1
-        while True:
+        counted, full = 1, None
+        while full is None and counted < 2000:
             try:
                 series.incr_many([(f"k{counted}", n + 1, now - 600 * n) for n in range(40)])
+                counted += 1
             except UnavailableError as error:
                 full = error
-                break
-            counted += 1
         assert "OOM" in str(full)
         raw.config_set("maxmemory", 1)
         lingering = TimeSeries(server.url, "hits", prefix=prefix, linger=600, deadline=0.2)
