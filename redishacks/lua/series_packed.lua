@@ -3,6 +3,7 @@
 -- byte 1: bytes of a value; then a bit per bucket that is set where it has a value, the first
 -- bucket's is the highest; then the values of those that have one, in order.
 
+--@ include struct
 --@ include series_frame
 
 local encode, decode = struct.pack, struct.unpack

@@ -1,41 +1,49 @@
 -- What the other scripts use of `struct`, for servers that lack it (fakeredis); included by them.
--- Formats are little-endian: B, and I1 to I7.
+-- Formats: B, I1 to I7, and i4, which has a sign; little-endian, or after a ">" the highest byte
+-- first.
 
 local struct = struct or (function()
-  local function sizes(format)
+  local function fields(format)
     local found = {}
-    for letter, size in string.gmatch(format, '([BI])(%d*)') do
-      found[#found + 1] = letter == 'B' and 1 or tonumber(size)
+    for letter, size in string.gmatch(format, '([BIi])(%d*)') do
+      found[#found + 1] = {letter == 'B' and 1 or tonumber(size), letter == 'i'}
     end
-    return found
+    return found, string.sub(format, 1, 1) == '>'
   end
 
   local function pack(format, ...)
-    local values, bytes = {...}, {}
-    for i, size in ipairs(sizes(format)) do
-      local value = values[i]
-      for _ = 1, size do
-        bytes[#bytes + 1] = string.char(value % 256)
+    local values, parts = {...}, {}
+    local found, big = fields(format)
+    for i, field in ipairs(found) do
+      local value, bytes = values[i], {}
+      for place = 1, field[1] do
+        bytes[place] = string.char(value % 256)
         value = math.floor(value / 256)
       end
+      local part = table.concat(bytes)
+      parts[i] = big and string.reverse(part) or part
     end
-    return table.concat(bytes)
+    return table.concat(parts)
   end
 
   local function unpack_(format, text, at)
-    local found = {}
+    local values = {}
+    local found, big = fields(format)
     at = at or 1
-    for i, size in ipairs(sizes(format)) do
-      found[i] = 0
-      for place = at + size - 1, at, -1 do
-        found[i] = found[i] * 256 + string.byte(text, place)
+    for i, field in ipairs(found) do
+      local size, value = field[1], 0
+      for place = 0, size - 1 do
+        value = value * 256 + string.byte(text, big and at + place or at + size - 1 - place)
       end
+      if field[2] and value >= 2 ^ (8 * size - 1) then
+        value = value - 2 ^ (8 * size)
+      end
+      values[i] = value
       at = at + size
     end
-    found[#found + 1] = at
-    return unpack(found)
+    values[#values + 1] = at
+    return unpack(values)
   end
 
   return {pack = pack, unpack = unpack_}
 end)()
-
