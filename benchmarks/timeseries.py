@@ -25,7 +25,7 @@ import hiredis
 import numpy as np
 import redis
 
-from benchmarks.harness import Figure, Row, limit_row, ratio_row, show, side_by_side
+from benchmarks.harness import Figure, Row, ratio_row, show, side_by_side
 from redishacks.testing import Server, valkey_server
 from redishacks.timeseries import Series, TimeSeries
 
@@ -147,7 +147,8 @@ class Raw:
 
     def sum(self, project: str, span: Span) -> int:
         """Sum up a range of the talk's keys."""
-        pack, head = hiredis.pack_command, f"hits:{project}:"
+        pack: Any = hiredis.pack_command
+        head = f"hits:{project}:"
         epochs = range(span.start // STEP, span.end // STEP)
         packed = b"".join([pack(("GET", f"{head}{epoch}")) for epoch in epochs])
         return sum(map(int, filter(None, self.ask(packed, len(epochs)))))
@@ -159,8 +160,9 @@ class Raw:
 
 def arrays(series: Series) -> tuple[Any, Any]:
     """Return times and values for numpy."""
+    made: Any = series
     if TO_NUMPY:
-        times, values = series.to_numpy()  # type: ignore[attr-defined, unused-ignore]
+        times, values = made.to_numpy()
         return times, values
     return np.asarray(series.times), np.asarray(series.values)
 
@@ -307,8 +309,7 @@ def day_rows(fill: str, kinds: Sequence[str], figures: Mapping[str, Figure]) -> 
 
 def year(server: Server, now: int) -> list[Row]:
     """A sum over a year that begins and ends in the middle of everything."""
-    exchanges = Exchanges()
-    hits = TimeSeries(server.unix_url, "year", deadline=PATIENT, on_command=exchanges)
+    hits = TimeSeries(server.unix_url, "year", deadline=PATIENT)
     rng = random.Random("year")
     end = spans(now)["arbitrary"].end
     first = end // HOUR * HOUR - 366 * DAY
@@ -327,10 +328,9 @@ def year(server: Server, now: int) -> list[Row]:
         assert total == sum(n for when, n in amounts.items() if total.start <= when < total.end)
         assert (total.start, total.end) == (start // HOUR * HOUR, end)
 
-    hits_plain = TimeSeries(server.unix_url, "year", deadline=PATIENT)
     client, raw = redis.Redis.from_url(server.unix_url), Raw(server)
     client.set("as many bytes", random.Random(0).randbytes(plan.bytes))
-    packed = hiredis.pack_command(("GET", "as many bytes"))
+    packed = b"*2\r\n$3\r\nGET\r\n$13\r\nas many bytes\r\n"
 
     def one() -> bytes:
         (reply,) = raw.ask(packed, 1)
@@ -338,9 +338,9 @@ def year(server: Server, now: int) -> list[Row]:
 
     assert len(one()) == plan.bytes
     check_it()
-    trips = exchanges.of(read)
+    trips = Exchanges.of(hits, read)
     reads = {
-        "ours": lambda: hits_plain.sum("a", start, end),
+        "ours": read,
         "one raw GET": one,
         "redis-py": lambda: client.get("as many bytes"),
     }
@@ -376,29 +376,40 @@ def year(server: Server, now: int) -> list[Row]:
 
 
 class Exchanges:
-    """A hook that counts exchanges: commands that are sent in one have taken the same time."""
+    """A transport that counts how often it is asked: each time is one round trip to one server."""
 
-    def __init__(self) -> None:
-        self._times: list[float] = []
+    def __init__(self, transport: Any) -> None:
+        self._transport = transport
+        self._count = 0
 
-    def __call__(self, name: str, node: str, seconds: float, error: BaseException | None) -> None:
-        """Hear of one command."""
-        self._times.append(seconds)
+    def __getattr__(self, name: str) -> Any:
+        """Return what is only passed on."""
+        return getattr(self._transport, name)
 
-    def of(self, work: Callable[[], object], times: int = 100) -> float:
-        """Return how many exchanges some work makes."""
-        self._times.clear()
+    def call(self, *args: Any) -> Any:
+        """Say one command."""
+        self._count += 1
+        return self._transport.call(*args)
+
+    def run(self, *args: Any) -> Any:
+        """Say several at once."""
+        self._count += 1
+        return self._transport.run(*args)
+
+    @classmethod
+    def of(cls, hits: TimeSeries, read: Callable[[], object], times: int = 50) -> float:
+        """Return how many round trips a read makes."""
+        plain = hits.transport
+        hits.transport = counting = cls(plain)
         for _ in range(times):
-            work()
-        return len(list(itertools.groupby(self._times))) / times
+            read()
+        hits.transport = plain
+        return counting._count / times
 
 
 def many(server: Server, now: int, series: int = 100) -> list[Row]:
     """The sums of a hundred series over a day."""
-    exchanges = Exchanges()
-    url = server.unix_url
-    hits = TimeSeries(url, "many", deadline=PATIENT)
-    told = TimeSeries(url, "many", deadline=PATIENT, on_command=exchanges)
+    hits = TimeSeries(server.unix_url, "many", deadline=PATIENT)
     start, end = spans(now)["arbitrary"]
     names = [f"project:{i}" for i in range(series)]
     expected = {}
@@ -411,7 +422,7 @@ def many(server: Server, now: int, series: int = 100) -> list[Row]:
         return dict(hits.sums(names, start, end, strict=True))
 
     assert read() == expected
-    trips = exchanges.of(lambda: told.sums(names, start, end), 10)
+    trips = Exchanges.of(hits, read)
     figure = side_by_side({"ours": repeated(read, 10)}, rounds=2 * ROUNDS + 1)["ours"]
     assert read() == expected
     what = f"sums of {series} series over an arbitrary day, fill 100%"
@@ -457,9 +468,9 @@ def writes(server: Server, now: int) -> list[Row]:
     after = hits.sums(PROJECTS, written.start)
     assert all(after[name] - before[name] == turns["ours"] for name in PROJECTS), "hits are missing"
     span = Span(began, int(time.time()) + STEP)
-    assert all(
-        talk.sum(name, span) == turns["talk"] + turns["talk, MULTI"] for name in PROJECTS
-    ), "the talk's hits are missing"
+    assert all(talk.sum(name, span) == turns["talk"] + turns["talk, MULTI"] for name in PROJECTS), (
+        "the talk's hits are missing"
+    )
     what = "a hit, 5 resolutions, 1 thread; the talk's INCR and EXPIRE"
     row = ratio_row(what, figures, "ours", "talk", 1)
     return [row._replace(against=f"{row.against}; with MULTI {figures['talk, MULTI'].rate:,.0f}/s")]
@@ -568,17 +579,12 @@ def fill_talk(url: str, amounts: Mapping[str, Amounts], day: Span) -> None:
 
 def settled(watch: redis.Redis) -> int:
     """Return bytes in use, once tables are rehashed and buffers of clients given back."""
-
-    def looks() -> Iterator[int]:
-        while True:
-            memory: Any = watch.info("memory")
-            yield int(memory["used_memory"] - memory["mem_clients_normal"])
-            time.sleep(0.05)
-
-    for one, two, three in zip(*(itertools.islice(looks(), i, None) for i in range(3))):
-        if one == two == three:
-            return one
-    raise AssertionError
+    seen = [0, 1]
+    while len(set(seen[-3:])) > 1:
+        time.sleep(0.05)
+        info: Any = watch.info("memory")
+        seen.append(int(info["used_memory"] - info["mem_clients_normal"]))
+    return seen[-1]
 
 
 def run() -> list[Row]:
