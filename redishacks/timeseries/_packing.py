@@ -89,8 +89,15 @@ class Packed(Bitmap):
             return values
         if not values:
             return bytes(width)
-        # Packed again, with zeros between: far less than a step of Python per bucket.
-        code, size = _CODES[self._width], self._width
-        places = self.present(first, last).replace("1", code).replace("0", size * "x")
+        code, size, places = _CODES[self._width], self._width, self.present(first, last)
+        if len(values) * (24 if size == 1 else 4) < width:
+            spread = bytearray(width) if size == 1 else [0] * width
+            place = -1
+            for value in values:
+                place = places.find("1", place + 1)
+                spread[place] = value
+            return spread
+        # Packed again, with zeros between: less than a step of Python for each of so many values.
+        places = places.replace("1", code).replace("0", size * "x")
         filled = struct.Struct(f">{places}").pack(*values)
         return filled if size == 1 else struct.unpack(f">{width}{code}", filled)
