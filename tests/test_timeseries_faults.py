@@ -372,8 +372,9 @@ def test_a_send_that_comes_again_counts_once(url: str, prefix: str, look: Any) -
     series.incr("a", 1, at=now)
     layout, producer = series.layout, "p" * 32
     first, second = (
-        layout.write(
-            [Hit(b"a", now, (amount,)), Hit(b"b", now - DAY, (1,))], fence=(producer, number)
+        layout.put(
+            layout.folded([Hit(b"a", now, (amount,)), Hit(b"b", now - DAY, (1,))]),
+            fence=(producer, number),
         )
         for number, amount in ((1, 10), (2, 100))
     )
@@ -382,7 +383,7 @@ def test_a_send_that_comes_again_counts_once(url: str, prefix: str, look: Any) -
         for command in (first, first, second, first, second)
     ]
     assert codes == [1, 0, 1, 0, 0]
-    other = layout.write([Hit(b"a", now, (1000,))], fence=("q" * 32, 1))
+    other = layout.put(layout.folded([Hit(b"a", now, (1000,))]), fence=("q" * 32, 1))
     assert series.transport.call(other, 5.0).code == 1
     assert known(series, "a", "b") == {"a": 1111, "b": 2}
     agree(look())

@@ -7,17 +7,14 @@ from __future__ import annotations
 
 import dataclasses
 import datetime as dt
-import fnmatch
 import functools
 import math
 import os
-import re
 import shutil
 import signal
 import threading
-import urllib.parse
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import click
@@ -26,7 +23,6 @@ from rich.live import Live
 from rich.text import Text
 
 from redishacks import _keys
-from redishacks._command import Command, ask
 from redishacks._drive import Transport, drive
 from redishacks._words import many
 from redishacks.cli import chart, show, when
@@ -292,7 +288,7 @@ def list_(of: _Of, match: str | None, as_json: bool) -> None:
     """
     opened = of.open()
     asked = _Range(when.Moment(DAY), None, None, dt.UTC)
-    keys = sorted(set(_keys_of(opened, of, match)), key=_keys.id_bytes)
+    keys = sorted(opened.series.keys(match), key=_keys.id_bytes)
     rows = []
     for at in range(0, len(keys), _PAGE):
         some = keys[at : at + _PAGE]
@@ -432,34 +428,6 @@ class _Live(_Lines):
         """Say it below what was there."""
         below = Text(f"\n{one_line(error)}", style="bold red")
         self._live.update(self._drawn.copy().append_text(below), refresh=True)
-
-
-# What is stored
-
-
-def _keys_of(opened: _Opened, of: _Of, match: str | None) -> Iterator[str | bytes]:
-    """Yield the keys that have anything in their coarsest buckets."""
-    step = opened.record.rungs[-1].step
-    head = _keys.make(_keys.check_name(of.prefix, "prefix"), "t1", "")[:-1].decode()
-    name = _keys.check_name(of.name, "name")
-    pattern = re.sub(r"([*?\[\]\\])", r"\\\1", head + name) + f"/*}}:s:*:{step}:*"
-    seen: set[str] = set()
-    cursor = b"0"
-    while True:
-        args = ("SCAN", cursor, "MATCH", pattern, "COUNT", "1000")
-        page: tuple[bytes, list[bytes]] = drive(
-            ask(Command(args, repeatable=True)), of.transport, _DEADLINE
-        )
-        cursor, keys = page
-        for key in keys:
-            quoted = key.decode().partition("}:s:")[2].rsplit(":", 2)[0]
-            if quoted not in seen:
-                seen.add(quoted)
-                found = _keys.id_shown(urllib.parse.unquote_to_bytes(quoted))
-                if match is None or fnmatch.fnmatchcase(show.printable(found), match):
-                    yield found
-        if cursor == b"0":
-            return
 
 
 # How things look

@@ -27,10 +27,9 @@ from redishacks._command import Command, Steps, ask, ask_all, script
 from redishacks._slots import partition
 from redishacks.errors import ServerError, UnavailableError, UsageError
 from redishacks.timeseries._kind import Entries, Hit, Kind
+from redishacks.timeseries.record import TOOL, Record, parse
 from redishacks.timeseries.resolution import Ladder, Rung, ladder
 
-#: The tool's letter and the version of its keys.
-TOOL = "t1"
 #: Seconds for which what the record in Redis says is relied on.
 VIEW = 60
 #: A hit may be so many seconds ahead of the server's clock.
@@ -158,18 +157,16 @@ class Layout:
 
     def _known(self) -> Steps[bool]:
         """Learn what is in use; False when nobody has written yet."""
-        meta: Command[Any] = Command(
-            ("HGETALL", self._meta), (self._meta,), _texts, repeatable=True
-        )
+        meta: Command[Any] = Command(("HGETALL", self._meta), (self._meta,), parse, repeatable=True)
         read, micros = yield from ask_all([meta, self.time_of(self._meta)])
-        found = read.result()
+        found: Record | None = read.result()
         self.learn(micros.result())
-        if not found:
+        if found is None:
             return False
         for field, value in self._fixed().items():
-            if found.get(field) != value:
-                raise self._disagreement(field, str(found.get(field)), value)
-        stored = {rung.step: rung for rung in map(_rung, found.items()) if rung is not None}
+            if found.fields.get(field) != value:
+                raise self._disagreement(field, str(found.fields.get(field)), value)
+        stored = {rung.step: rung for rung in found.rungs}
         for given in self._wanted or ():
             rung = stored.get(given.step)
             if rung is None or given[:3] != rung[:3]:
@@ -180,7 +177,7 @@ class Layout:
                 )
         if not self.rungs:
             self.off += self._ahead
-        self.rungs = tuple(rung for _, rung in sorted(stored.items()))
+        self.rungs = found.rungs
         self.step = self.rungs[0].step
         self._viewed = self.now()
         return True
@@ -206,12 +203,12 @@ class Layout:
         fields = self._fixed()
         fields |= {f"r {r.step}": " ".join(map(str, r[1:])) for r in rungs}
 
-        def parse(reply: list[bytes]) -> None:
+        def accept(reply: list[bytes]) -> None:
             if reply:
                 raise _BehindError
 
         words = tuple(text for field in fields.items() for text in field)
-        return Command(words, (self._meta,), parse, script("define"), repeatable=True)
+        return Command(words, (self._meta,), accept, script("define"), repeatable=True)
 
     def _fixed(self) -> dict[str, str]:
         return {
@@ -416,13 +413,3 @@ def _applied(reply: list[int]) -> Applied:
 
 def _micros(reply: list[bytes]) -> int:
     return int(reply[0]) * 1_000_000 + int(reply[1])
-
-
-def _texts(reply: Any) -> dict[str, str]:
-    pairs = reply.items() if isinstance(reply, dict) else zip(reply[::2], reply[1::2], strict=True)
-    return {field.decode(): value.decode() for field, value in pairs}
-
-
-def _rung(field: tuple[str, str]) -> Rung | None:
-    name, value = field
-    return Rung(int(name[2:]), *map(int, value.split())) if name.startswith("r ") else None

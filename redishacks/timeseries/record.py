@@ -12,8 +12,10 @@ from typing import Any, NamedTuple
 
 from redishacks import _keys
 from redishacks._command import Command, Steps, ask_all
-from redishacks.timeseries.commands import TOOL
 from redishacks.timeseries.resolution import Ladder, Rung
+
+#: The tool's letter and the version of its keys.
+TOOL = "t1"
 
 
 class Record(NamedTuple):
@@ -35,7 +37,7 @@ def look_up(prefix: str, name: str) -> Steps[tuple[Record | None, float]]:
     meta = _keys.make(_keys.check_name(prefix, "prefix"), TOOL, f"{quoted}/0", "meta")
     record, now = yield from ask_all(
         [
-            Command(("HGETALL", meta), (meta,), _record, repeatable=True),
+            Command(("HGETALL", meta), (meta,), parse, repeatable=True),
             Command[Any](("TIME",), (meta,), repeatable=True),
         ]
     )
@@ -43,7 +45,8 @@ def look_up(prefix: str, name: str) -> Steps[tuple[Record | None, float]]:
     return record.result(), seconds + micros / 1e6
 
 
-def _record(reply: Any) -> Record | None:
+def parse(reply: Any) -> Record | None:
+    """Return a record as HGETALL replies it; None if there is none."""
     pairs = reply.items() if isinstance(reply, dict) else zip(reply[::2], reply[1::2], strict=True)
     fields = {field.decode(): value.decode() for field, value in pairs}
     if not fields:
