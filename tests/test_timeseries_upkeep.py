@@ -534,7 +534,7 @@ def test_whole_series_in_a_loop(server: Server, prefix: str) -> None:
         await series.merge("a", "b")
         lines = [line async for line in series.export(["b"])]
         await series.delete("c", (now - 60) // 10 * 10, (now + 20) // 10 * 10)
-        assert await series.sums("abc", now - DAY) == {"a": 0, "b": 3, "c": 0}
+        assert await series.sums(list("abc"), now - DAY) == {"a": 0, "b": 3, "c": 0}
         copy = AsyncTimeSeries(server.url, "copy", prefix=prefix)
         assert await copy.import_(lines) == len(lines)
         assert await copy.sum("b", now - DAY) == 3

@@ -40,7 +40,7 @@ def clocked(series: S) -> S:
         words[3] = f"{made.clock}000000"
         return command._replace(args=tuple(words))
 
-    def time_then(key: bytes) -> Any:
+    def time_then(key: bytes = b"any") -> Any:
         micros = made.clock * 1_000_000
         return Command(("PING",), (key,), lambda _: micros, repeatable=True)
 

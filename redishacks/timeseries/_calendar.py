@@ -39,6 +39,15 @@ def day(now: float, tz: dt.tzinfo) -> tuple[int, int]:
 
 def edges(start: int, end: int, step: Step, tz: dt.tzinfo) -> Sequence[int]:
     """Return when the points begin that cover a range, and when the last of them ends."""
+    try:
+        return _edges(start, end, step, tz)
+    except UsageError:
+        raise
+    except (OverflowError, ValueError):
+        raise UsageError("points need a calendar, and there is none beyond the year 9999") from None
+
+
+def _edges(start: int, end: int, step: Step, tz: dt.tzinfo) -> Sequence[int]:
     if isinstance(step, str):
         if step not in _PERIODS:
             raise UsageError(f"a step is seconds, 'day', 'week' or 'month', not {step!r}")
@@ -80,8 +89,11 @@ def _periods(start: int, end: int, period: str, tz: dt.tzinfo) -> Iterator[int]:
         date -= dt.timedelta(days=date.weekday())
     elif period == "month":
         date = date.replace(day=1)
+    last = None
     while (begins := _begins(date, tz)) < end:
-        yield begins
+        if begins != last:  # else that day was left out
+            yield begins
+        last = begins
         if period == "month":
             date = (date + dt.timedelta(days=31)).replace(day=1)
         else:

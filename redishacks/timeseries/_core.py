@@ -55,6 +55,21 @@ class Draft(NamedTuple):
     member: bytes = b""
 
 
+class _Part(NamedTuple):
+    """What one command writes."""
+
+    drafts: list[Draft]
+    hits: list[Hit]
+    folded: Folded
+
+
+def several(keys: Iterable[Id]) -> list[Id]:
+    """Return series, each once; raises `UsageError` for a single one."""
+    if isinstance(keys, str | bytes):
+        raise UsageError(f"several series are a list of them, not {keys!r}")
+    return list(dict.fromkeys(keys))
+
+
 class Core(ABC, Generic[T, C]):
     """What all share: options, how hits are written, and how buckets are read."""
 
@@ -148,33 +163,66 @@ class Core(ABC, Generic[T, C]):
 
     def _many(self, drafts: Sequence[Draft]) -> Steps[None]:
         """Count many things, in parts; raises as `incr_many` says."""
-        layout = self.layout
-        if not layout.agreed:
-            yield from layout.agree()
-        now = layout.now()
-        hits = [
-            Hit(key, int(now if at is None else instant(at, "at")), amounts, member)
-            for key, amounts, at, member in drafts
-        ]
-        parts = [(part, layout.folded(part)) for _, part in layout.cut(hits, lambda hit: hit.key)]
-        commands = []
-        for part, folded in parts:
-            earliest = (max(hit.time for hit in part) - SKEW) * 1_000_000
-            commands.append(layout.put(folded, window=(earliest, layout.until())))
-        failed: dict[str | bytes, Exception] = {}
-        for (part, folded), outcome in zip(parts, (yield from ask_all(commands)), strict=True):
-            try:
-                applied = outcome.result()
-                layout.learn(applied.now)
-                self._check(part, folded, applied)
-            except RedisHacksError as error:
-                failed.update((_keys.id_shown(hit.key), error) for hit in part)
-        if not failed:
-            return
+        layout, failed, parts = self.layout, dict[str | bytes, Exception](), 0
+        for _ in range(TRIES):
+            if not layout.agreed:
+                yield from layout.agree()
+            cut = self._cut(drafts)
+            parts, again = parts or len(cut), []
+            for (some, hits, folded), outcome in zip(
+                cut, (yield from ask_all([self._within(*part) for part in cut])), strict=True
+            ):
+                try:
+                    applied = outcome.result()
+                    layout.learn(applied.now)
+                    if applied.code == -1 and _passing(some, applied):
+                        again += some
+                    else:
+                        self._check(hits, folded, applied)
+                except RedisHacksError as error:
+                    failed.update((_keys.id_shown(hit.key), error) for hit in hits)
+            if not again:
+                break
+            drafts = again
+        else:
+            failed.update((_keys.id_shown(draft.key), layout.late()) for draft in drafts)
         errors = list({str(error): error for error in failed.values()}.values())
-        if len(errors) == len(parts) == 1:
+        if len(errors) == parts == 1:
             raise errors[0]
-        raise PartlyAppliedError(f"not all hits were added; {errors[0]}", failed)
+        if errors:
+            raise PartlyAppliedError(f"not all hits were added; {errors[0]}", failed)
+
+    def _cut(self, drafts: Sequence[Draft]) -> list[_Part]:
+        """Cut what is to be counted into parts; what has no time is of now."""
+        layout = self.layout
+        begins = layout.begins(layout.now())
+        hits = [
+            (
+                draft,
+                Hit(
+                    draft.key,
+                    begins if draft.at is None else int(instant(draft.at, "at")),
+                    draft.amounts,
+                    draft.member,
+                ),
+            )
+            for draft in drafts
+        ]
+        found = []
+        for _, part in layout.cut(hits, lambda pair: pair[1].key):
+            some = [hit for _, hit in part]
+            found.append(_Part([draft for draft, _ in part], some, layout.folded(some)))
+        return found
+
+    def _within(self, drafts: Sequence[Draft], hits: Sequence[Hit], folded: Folded) -> Any:
+        """Return what adds a part, as long as its time is right."""
+        earliest, latest = max(hit.time for hit in hits) - SKEW, self.layout.until()
+        for draft, hit in zip(drafts, hits, strict=True):
+            if draft.at is None:
+                earliest = max(earliest, hit.time)
+                latest = min(latest, (hit.time + self.layout.step) * 1_000_000)
+                break
+        return self.layout.put(folded, window=(earliest * 1_000_000, latest))
 
     def _check(self, hits: Sequence[Hit], folded: Folded, applied: Applied) -> None:
         """Raise when hits were refused."""
@@ -275,21 +323,23 @@ class Core(ABC, Generic[T, C]):
 
         None when the time for which that was planned was not the server's: it is known now.
         """
-        if not tiles:
-            return []
         began = clock()
         commands: list[Command[Any]] = []
-        for group in groups:
+        some = groups if tiles else ()
+        for group in some:
             commands += group
             commands.append(self.layout.time_of(group[0].keys[0]))
-        outcomes = iter([outcome.result() for outcome in (yield from ask_all(commands))])
+        # Where nothing is to be read now something may be at the server's time.
+        outcomes = iter((yield from ask_all(commands or [self.layout.time_of()])))
         found, then = [], 0
-        for group in groups:
-            found.append([next(outcomes) for _ in group])
-            then = max(then, next(outcomes))
+        for group in some:
+            found.append([next(outcomes).result() for _ in group])
+            then = max(then, next(outcomes).result())
+        for last in outcomes:
+            then = last.result()
         self.layout.learn(then)
         then //= 1_000_000
-        if min(tile.rung.ends(tile.pack) for tile in tiles) <= then:
+        if any(tile.rung.ends(tile.pack) <= then for tile in tiles):
             return None
         return found if abs(then - now) <= clock() - began + 1 else None
 
@@ -324,6 +374,12 @@ class Core(ABC, Generic[T, C]):
             if found is not None:
                 return made, found[0]
         raise self.layout.late()
+
+
+def _passing(drafts: Sequence[Draft], applied: Applied) -> bool:
+    """Return whether it was the time of those of now that was over, or not yet there."""
+    latest = max((instant(draft.at, "at") for draft in drafts if draft.at is not None), default=0)
+    return any(draft.at is None for draft in drafts) and latest * 1e6 <= applied.now + SKEW * 1e6
 
 
 def _shown(hit: Hit) -> str:

@@ -122,8 +122,9 @@ class Layout:
         """Return a moment as all hits of its finest bucket share it."""
         return int(when // self.step) * self.step
 
-    def time_of(self, key: bytes) -> Command[int]:
+    def time_of(self, key: bytes | None = None) -> Command[int]:
         """Read the time of the server that has a key, in µs."""
+        key = key or self._meta
         return Command(("TIME",), (key,), _micros, repeatable=True)
 
     # What everybody agrees on
@@ -141,7 +142,7 @@ class Layout:
         """
         while not self.agreed and not (yield from self._known()):
             try:
-                yield from ask(self.define(self._wanted or self._usual()))
+                yield from ask(self.define(self._wanted or self.rungs or self._usual()))
             except _BehindError:
                 continue  # somebody else was the first just now
 
@@ -153,7 +154,7 @@ class Layout:
         """Return the resolutions for a read: those in use, else those that would be."""
         if self.agreed or (yield from self._known()):
             return self.rungs
-        return self._wanted or self._usual()
+        return self._wanted or self.rungs or self._usual()
 
     def _known(self) -> Steps[bool]:
         """Learn what is in use; False when nobody has written yet."""

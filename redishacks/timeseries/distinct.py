@@ -25,7 +25,7 @@ from redishacks._units import Instant
 from redishacks.errors import UsageError
 from redishacks.timeseries import _calendar, _sketch
 from redishacks.timeseries._colours import AsyncSeries, SyncSeries
-from redishacks.timeseries._core import TRIES, C, Core, Draft, T
+from redishacks.timeseries._core import TRIES, C, Core, Draft, T, several
 from redishacks.timeseries._frame import frame
 from redishacks.timeseries._kind import Amounts, Entries, Kind, mget
 from redishacks.timeseries._range import range_of
@@ -240,7 +240,7 @@ class DistinctSeries(_Seen[Transport, Coalescer], SyncSeries):
         strict: bool = False,
     ) -> dict[Id, Total]:
         """Return those of many series, each by itself. One round trip (per node of a cluster)."""
-        some = list(dict.fromkeys(keys))
+        some = several(keys)
         totals = self._ask(self._counts([[key] for key in some], start, end, strict))
         return dict(zip(some, totals, strict=True))
 
@@ -257,7 +257,7 @@ class DistinctSeries(_Seen[Transport, Coalescer], SyncSeries):
         One round trip (per node of a cluster); where series are in several partitions their
         buckets are fetched, up to 12 KB each, and united here.
         """
-        (total,) = self._ask(self._counts([list(dict.fromkeys(keys))], start, end, strict))
+        (total,) = self._ask(self._counts([several(keys)], start, end, strict))
         return total
 
     def today(self, key: Id, tz: str | dt.tzinfo = "UTC") -> Total:
@@ -299,7 +299,7 @@ class AsyncDistinctSeries(_Seen[AsyncTransport, AsyncCoalescer], AsyncSeries):
         strict: bool = False,
     ) -> dict[Id, Total]:
         """Return those of many series, each by itself, as `DistinctSeries.counts`."""
-        some = list(dict.fromkeys(keys))
+        some = several(keys)
         totals = await self._ask(self._counts([[key] for key in some], start, end, strict))
         return dict(zip(some, totals, strict=True))
 
@@ -312,7 +312,7 @@ class AsyncDistinctSeries(_Seen[AsyncTransport, AsyncCoalescer], AsyncSeries):
         strict: bool = False,
     ) -> Total:
         """Return how many there were in any of many series, as `DistinctSeries.union`."""
-        (total,) = await self._ask(self._counts([list(dict.fromkeys(keys))], start, end, strict))
+        (total,) = await self._ask(self._counts([several(keys)], start, end, strict))
         return total
 
     async def today(self, key: Id, tz: str | dt.tzinfo = "UTC") -> Total:

@@ -28,7 +28,7 @@ from redishacks._units import EXACT, Instant, instant
 from redishacks.errors import UsageError
 from redishacks.timeseries import _calendar
 from redishacks.timeseries._colours import AsyncSeries, SyncSeries
-from redishacks.timeseries._core import C, Core, Draft, T
+from redishacks.timeseries._core import C, Core, Draft, T, several
 from redishacks.timeseries._kind import Amounts, Entries, Kind, mget
 from redishacks.timeseries._packing import Bitmap
 from redishacks.timeseries.points import Number, Series
@@ -336,7 +336,7 @@ class GaugeSeries(_Gauged[Transport, Coalescer], SyncSeries):
         strict: bool = False,
     ) -> dict[Id, Gauge]:
         """Return the same of many series. One round trip (per node of a cluster)."""
-        some = list(dict.fromkeys(keys))
+        some = several(keys)
         return dict(zip(some, self._ask(self._reads(some, start, end, strict)), strict=True))
 
     def today(self, key: Id, tz: str | dt.tzinfo = "UTC") -> Gauge:
@@ -378,7 +378,7 @@ class AsyncGaugeSeries(_Gauged[AsyncTransport, AsyncCoalescer], AsyncSeries):
         strict: bool = False,
     ) -> dict[Id, Gauge]:
         """Return the same of many series, as `GaugeSeries.reads`."""
-        some = list(dict.fromkeys(keys))
+        some = several(keys)
         return dict(zip(some, await self._ask(self._reads(some, start, end, strict)), strict=True))
 
     async def today(self, key: Id, tz: str | dt.tzinfo = "UTC") -> Gauge:

@@ -20,7 +20,7 @@ from redishacks.errors import UsageError
 #: whole.
 _BUCKETS = 360
 _MOST_BUCKETS = 1440
-_LONGEST = 366 * 100 * 86_400
+_LONGEST = 999_999_999
 _MOST = 12
 
 MINUTE, HOUR, DAY = 60, 3600, 86_400
@@ -133,7 +133,7 @@ def _packed(ratio: int) -> int:
 def _whole(value: Seconds, what: str) -> int:
     number = seconds(value, what)
     if number != int(number) or not 0 < number <= _LONGEST:
-        raise UsageError(f"{what} is a whole number of seconds up to 100 years, not {value!r}")
+        raise UsageError(f"{what} is a whole number of seconds up to 31 years, not {value!r}")
     return int(number)
 
 

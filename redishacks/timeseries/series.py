@@ -26,7 +26,7 @@ from redishacks._units import EXACT, Instant
 from redishacks.errors import UsageError
 from redishacks.timeseries import _calendar
 from redishacks.timeseries._colours import AsyncSeries, SyncSeries
-from redishacks.timeseries._core import C, Core, Draft, T
+from redishacks.timeseries._core import C, Core, Draft, T, several
 from redishacks.timeseries._kind import Amounts, Entries, Kind, mget
 from redishacks.timeseries._packing import Packed
 from redishacks.timeseries.plan import Plan
@@ -199,7 +199,7 @@ class TimeSeries(_Counted[Transport, Coalescer], SyncSeries):
         strict: bool = False,
     ) -> dict[Id, Total]:
         """Return the sums of many series, as `sum`. One round trip (per node of a cluster)."""
-        some = list(dict.fromkeys(keys))
+        some = several(keys)
         totals = self._ask(self._sums(some, start, end, strict))
         return dict(zip(some, totals, strict=True))
 
@@ -246,7 +246,7 @@ class AsyncTimeSeries(_Counted[AsyncTransport, AsyncCoalescer], AsyncSeries):
         strict: bool = False,
     ) -> dict[Id, Total]:
         """Return the sums of many series, as `TimeSeries.sums`."""
-        some = list(dict.fromkeys(keys))
+        some = several(keys)
         totals = await self._ask(self._sums(some, start, end, strict))
         return dict(zip(some, totals, strict=True))
 
