@@ -926,7 +926,7 @@ class Elsewhen:
         if command.script is not None and command.script.name == "series_add":
             words = list(command.args)
             words[3] = str((time.time_ns() // 1000) + off * 1_000_000)
-            return command._replace(args=tuple(words))
+            return command._replace(args=tuple(words), packed=None)
         return command
 
 

@@ -19,11 +19,11 @@ local function widen(s, size, width)
   return table.concat(parts)
 end
 
--- The key with an amount added, and what differs and where if that is all; nil if it passes 2^63.
+-- The key with an amount added; nil if it passes 2^63.
 local function add(s, size, place, amount, clears)
   local cell, bit = bit_of(place)
   local bits, width = byte(s, cell), byte(s, 1)
-  local there, grown = bits % (2 * bit) >= bit, false
+  local there = bits % (2 * bit) >= bit
   local at = rank(s, size, cell, bits, bit)
   local from, value = 2 + size + at * width, nil
   if width < 8 then
@@ -33,7 +33,7 @@ local function add(s, size, place, amount, clears)
     end
     local needs = (sum < 0 or sum >= HALF) and 8 or sum >= 65536 and 4 or sum >= 256 and 2 or 1
     if needs > width then
-      s, width, grown = widen(s, size, needs), needs, true
+      s, width = widen(s, size, needs), needs
       from = 2 + size + at * width
     end
     value = width < 8 and encode(CODE[width], sum)
@@ -50,22 +50,46 @@ local function add(s, size, place, amount, clears)
       return there and drop(s, cell, bits, bit, from) or s
     end
   end
-  return put(s, there, cell, bits, bit, from, value), there and not grown and from, value
+  return put(s, there, cell, bits, bit, from, value)
 end
 
-return run(2, function(key, at, count, size, expires)
-  local old = call('GET', key)
-  local s, from, value = old or char(1) .. string.rep('\0', size), nil, nil
+-- The usual hit, of now: its bucket is the last one with a value, and needs no more bytes for it.
+-- Returns from where on the key differs, and what is there then; nil if it is not so.
+local function usual(s, size, place, amount)
+  local width, cell, bit = byte(s, 1), bit_of(place)
+  local bits = byte(s, cell)
+  if width == 8 or bits % (2 * bit) < bit or not last(s, size, cell, bits, bit) then
+    return nil
+  end
+  local from = #s - width + 1
+  local sum = amount + (width == 1 and byte(s, from) or decode(CODE[width], s, from))
+  if sum < 0 or sum >= 256 ^ width then
+    return nil
+  end
+  return from, width == 1 and char(sum) or encode(CODE[width], sum)
+end
+
+return run(2, function(key, at, count, size, expires, i)
+  local old = get(i)
+  if old and count == 1 and sub(ARGV[at + 1], -1) ~= '!' then
+    local from, value = usual(old, size, ARGV[at] + 0, ARGV[at + 1] + 0)
+    if from then
+      local n = #places
+      places[n + 1], places[n + 2], places[n + 3] = key, from, value
+      return
+    end
+  end
+  local s = old or char(1) .. string.rep('\0', size)
   for j = 1, count do
     local amount, clears = ARGV[at + 1], false
     if sub(amount, -1) == '!' then
       amount, clears = sub(amount, 1, -2), true
     end
-    s, from, value = add(s, size, tonumber(ARGV[at]), tonumber(amount), clears)
+    s = add(s, size, ARGV[at] + 0, amount + 0, clears)
     if not s then
-      return nil, j
+      return false, j
     end
     at = at + 2
   end
-  return written(key, old, s, size, expires, count == 1 and from, value)
+  return written(key, old, s, size, expires)
 end)

@@ -7,7 +7,7 @@
 
 --@ include series_frame
 
-return run(2, function(key, at, count, _, expires, _, fence)
+return run(2, function(key, at, count, _, expires, _, _, fence)
   local old = call('EXISTS', key) == 1
   return function()
     for first = at, at + 2 * (count - 1), 2 do
@@ -19,7 +19,7 @@ return run(2, function(key, at, count, _, expires, _, fence)
       end
     end
     if not old then
-      call('PEXPIREAT', key, at_once(expires))
+      call('PEXPIREAT', key, expires .. '000')
     end
   end
 end)

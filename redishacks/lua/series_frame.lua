@@ -16,8 +16,12 @@
 
 local call, byte, sub, find, char = redis.call, string.byte, string.sub, string.find, string.char
 
--- change(key, at, count, size, expires, now, fence) looks at `count` entries of `words` words each,
--- from ARGV[at] on, and returns a function that writes them; or nil and which of them is refused.
+-- What comes to a few bytes in the place of others: keys, from which byte on, and which.
+local places = {}
+
+-- change(key, at, count, size, expires, i, now, fence) looks at `count` entries of `words` words each,
+-- from ARGV[at] on, for the i-th key. It returns a function that writes them, or nil if it has put
+-- all into `places`; or false and which entry is refused.
 local function run(words, change)
   local sequence, keys, fence = ARGV[1], #KEYS, nil
   if sequence ~= '' then
@@ -37,18 +41,21 @@ local function run(words, change)
   -- Every check comes before the first write: scripts do not roll back.
   local writes, at, fine = {}, 7, keys - ARGV[5]
   for i = 1, keys do
-    local size, expires, count = tonumber(ARGV[at]), tonumber(ARGV[at + 1]), tonumber(ARGV[at + 2])
-    at = at + 3
+    local expires, count = ARGV[at + 1], ARGV[at + 2] + 0
     if expires * 1000000 > now then
-      local write, refused = change(KEYS[i], at, count, size, expires, now, fence)
-      if refused then
+      local write, refused = change(KEYS[i], at + 3, count, ARGV[at] + 0, expires, i, now, fence)
+      if write then
+        writes[#writes + 1] = write
+      elseif refused then
         return {-2, now, i, refused}
       end
-      writes[#writes + 1] = write
     elseif i > fine then
       return {-3, now, i}
     end
-    at = at + words * count
+    at = at + 3 + words * count
+  end
+  for i = 1, #places, 3 do
+    call('SETRANGE', places[i], places[i + 1] - 1, places[i + 2])
   end
   for _, write in ipairs(writes) do
     write()
@@ -57,9 +64,4 @@ local function run(words, change)
     call('SET', fence, sequence, 'EX', ARGV[6])
   end
   return {1, now}
-end
-
--- The time of an EXPIREAT in milliseconds.
-local function at_once(expires)
-  return string.format('%d000', expires)
 end

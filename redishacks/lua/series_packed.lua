@@ -23,9 +23,17 @@ local function bit_of(place)
   return 2 + (place - place % 8) / 8, 2 ^ (7 - place % 8)
 end
 
+local ZEROS = string.rep('\0', 64)
+local function last(s, size, cell, bits, bit) -- whether no bucket after this one has a value
+  if bits % bit > 0 then
+    return false
+  end
+  local left = 1 + size - cell
+  return sub(s, cell + 1, 1 + size) == (left < 64 and sub(ZEROS, 1, left) or string.rep('\0', left))
+end
+
 local function rank(s, size, cell, bits, bit) -- how many values stand before a bucket's
-  local later = find(s, '[^%z]', cell + 1)
-  if bits % bit == 0 and not (later and later <= 1 + size) then
+  if last(s, size, cell, bits, bit) then -- most often
     return (#s - 1 - size) / byte(s, 1) - (bits % (2 * bit) >= bit and 1 or 0)
   end
   local count = ones(bits - bits % (2 * bit))
@@ -59,17 +67,21 @@ local function drop(s, cell, bits, bit, from)
   return sub(s, 1, cell - 1) .. char(bits - bit) .. sub(s, cell + 1, from - 1) .. sub(s, from + byte(s, 1))
 end
 
--- What writes a key's new string; `from` and `value` when that is all that differs from the old.
-local function written(key, old, s, size, expires, from, value)
+local held = call('MGET', unpack(KEYS))
+-- The string of the i-th key; what is none of ours is found out by GET.
+local function get(i)
+  return held[i] or call('GET', KEYS[i])
+end
+
+-- What writes a key's new string.
+local function written(key, old, s, size, expires)
   return function()
     if #s == 1 + size then
       call('DEL', key)
-    elseif old and from then
-      call('SETRANGE', key, from - 1, value)
     elseif old then
       call('SET', key, s, 'KEEPTTL')
     else
-      call('SET', key, s, 'PXAT', at_once(expires))
+      call('SET', key, s, 'PXAT', expires .. '000')
     end
   end
 end

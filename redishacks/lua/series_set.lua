@@ -11,9 +11,9 @@
 
 local WIDTH = 48
 
-return run(8, function(key, at, count, size, expires, now)
-  local old = call('GET', key)
-  local s, from, value = old or char(WIDTH) .. string.rep('\0', size), nil, nil
+return run(8, function(key, at, count, size, expires, i, now)
+  local old = get(i)
+  local s = old or char(WIDTH) .. string.rep('\0', size)
   for j = 1, count do
     local last, when = tonumber(ARGV[at + 1]), tonumber(ARGV[at + 2]) or now
     local least, most = tonumber(ARGV[at + 3]), tonumber(ARGV[at + 4])
@@ -22,7 +22,7 @@ return run(8, function(key, at, count, size, expires, now)
     local cell, bit = bit_of(tonumber(ARGV[at]))
     local bits = byte(s, cell)
     local there = bits % (2 * bit) >= bit
-    from = 2 + size + rank(s, size, cell, bits, bit) * WIDTH
+    local from = 2 + size + rank(s, size, cell, bits, bit) * WIDTH
     if there then
       local last0, when0, least0, most0, high0, low0, many0 = decode('>i8i8i8i8i4I4i8', s, from)
       if when0 > when then
@@ -33,12 +33,16 @@ return run(8, function(key, at, count, size, expires, now)
     end
     local sum = halves(high, low)
     if not sum then
-      return nil, j
+      return false, j
     end
-    value = encode('>i8i8i8i8', last, when, least, most) .. sum .. encode('>i8', many)
+    local value = encode('>i8i8i8i8', last, when, least, most) .. sum .. encode('>i8', many)
+    if there and count == 1 then
+      local n = #places
+      places[n + 1], places[n + 2], places[n + 3] = key, from, value
+      return
+    end
     s = put(s, there, cell, bits, bit, from, value)
-    from = there and from
     at = at + 8
   end
-  return written(key, old, s, size, expires, count == 1 and from, value)
+  return written(key, old, s, size, expires)
 end)

@@ -38,7 +38,7 @@ return run(3, function(key, at, count, keep, expires)
     local first = at + 3 * (j - 1)
     total, lacks = total + ARGV[first + 1], lacks + ARGV[first + 2]
     if total >= 9007199254740992 then
-      return nil, j
+      return false, j
     end
   end
   return function()
@@ -49,7 +49,7 @@ return run(3, function(key, at, count, keep, expires)
       end
     end
     if not head then
-      call('PEXPIREAT', key, at_once(expires))
+      call('PEXPIREAT', key, expires .. '000')
     end
     if call('HLEN', key) - 1 > 2 * keep then
       prune(key, keep, total, lacks)

@@ -35,7 +35,7 @@ from redishacks.timeseries._kind import Amounts, Hit, Kind
 from redishacks.timeseries._range import range_of
 from redishacks.timeseries.commands import SKEW, Applied, Folded
 from redishacks.timeseries.plan import Plan, Tile, plan
-from redishacks.timeseries.resolution import Resolution, ladder
+from redishacks.timeseries.resolution import Resolution, Rung, ladder
 
 T = TypeVar("T", bound=Transport | AsyncTransport)
 C = TypeVar("C", bound=Coalescer | AsyncCoalescer)
@@ -150,15 +150,13 @@ class Core(ABC, Generic[T, C]):
         for _ in range(TRIES):
             if not layout.agreed:
                 yield from layout.agree()
-            begins = layout.begins(layout.now())
-            hit = Hit(key, begins, amounts, member)
-            window = begins * 1_000_000, min((begins + layout.step) * 1_000_000, layout.until())
-            folded = layout.folded([hit])
-            applied = yield layout.put(folded, window=window)
+            hit = Hit(key, layout.begins(layout.now()), amounts, member)
+            applied = yield layout.now_hit(hit)
             layout.learn(applied.now)
-            if applied.code != -1:
-                self._check([hit], folded, applied)
+            if applied.code >= 0:
                 return
+            if applied.code != -1:
+                self._check([hit], layout.folded([hit]), applied)
         raise self.layout.late()
 
     def _many(self, drafts: Sequence[Draft]) -> Steps[None]:
@@ -177,7 +175,7 @@ class Core(ABC, Generic[T, C]):
                     layout.learn(applied.now)
                     if applied.code == -1 and _passing(some, applied):
                         again += some
-                    else:
+                    elif applied.code < 0:
                         self._check(hits, folded, applied)
                 except RedisHacksError as error:
                     failed.update((_keys.id_shown(hit.key), error) for hit in hits)
@@ -225,9 +223,7 @@ class Core(ABC, Generic[T, C]):
         return self.layout.put(folded, window=(earliest * 1_000_000, latest))
 
     def _check(self, hits: Sequence[Hit], folded: Folded, applied: Applied) -> None:
-        """Raise when hits were refused."""
-        if applied.code >= 0:
-            return
+        """Raise the error of hits that were refused."""
         if applied.code == -1:
             latest = max(hits, key=lambda hit: hit.time)
             ahead = latest.time - applied.now // 1_000_000
@@ -288,7 +284,15 @@ class Core(ABC, Generic[T, C]):
         self, raws: Sequence[bytes], tiles: Sequence[Tile], now: int
     ) -> Steps[list[list[Any]] | None]:
         """Read keys of series, for each tile; None if the plan was not for the server's time."""
-        packs = list(dict.fromkeys((tile.rung, tile.pack) for tile in tiles))
+        # Tiles of a key may stand apart: it is read once.
+        at: dict[tuple[int, int], int] = {}
+        packs: list[tuple[Rung, int]] = []
+        places = []
+        for rung, pack, _, _ in tiles:
+            place = at.setdefault((rung.step, pack), len(packs))
+            if place == len(packs):
+                packs.append((rung, pack))
+            places.append(place)
         groups: dict[int, list[int]] = {}
         for number, raw in enumerate(raws):
             groups.setdefault(self.layout.partition(raw), []).append(number)
@@ -297,16 +301,14 @@ class Core(ABC, Generic[T, C]):
                 self.layout.read([raws[number] for number in numbers], packs)
                 for numbers in groups.values()
             ],
-            tiles,
+            packs,
             now,
         )
         if answers is None:
             return None
         found: list[list[Any]] = [[] for _ in raws]
-        if not tiles:
+        if not packs:
             return found
-        at = {pack: number for number, pack in enumerate(packs)}
-        places = [at[tile.rung, tile.pack] for tile in tiles]
         bucket, size = self.layout.kind.bucket, len(packs)
         for numbers, parts in zip(groups.values(), answers, strict=True):
             flat = parts[0] if len(parts) == 1 else [one for part in parts for one in part]
@@ -317,15 +319,18 @@ class Core(ABC, Generic[T, C]):
         return found
 
     def _exchange(
-        self, groups: Sequence[Sequence[Command[Any]]], tiles: Sequence[Tile], now: int
+        self,
+        groups: Sequence[Sequence[Command[Any]]],
+        packs: Sequence[tuple[Rung, int]],
+        now: int,
     ) -> Steps[list[list[Any]] | None]:
-        """Ask what a plan says, each group in one slot.
+        """Ask for what is in some keys of series, each group in one slot.
 
         None when the time for which that was planned was not the server's: it is known now.
         """
         began = clock()
         commands: list[Command[Any]] = []
-        some = groups if tiles else ()
+        some = groups if packs else ()
         for group in some:
             commands += group
             commands.append(self.layout.time_of(group[0].keys[0]))
@@ -339,7 +344,7 @@ class Core(ABC, Generic[T, C]):
             then = last.result()
         self.layout.learn(then)
         then //= 1_000_000
-        if any(tile.rung.ends(tile.pack) <= then for tile in tiles):
+        if any(rung.ends(pack) <= then for rung, pack in packs):
             return None
         return found if abs(then - now) <= clock() - began + 1 else None
 

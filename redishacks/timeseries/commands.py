@@ -25,8 +25,9 @@ from redishacks import _keys
 from redishacks._clock import clock
 from redishacks._command import Command, Steps, ask, ask_all, script
 from redishacks._slots import partition
+from redishacks._transport import packed
 from redishacks.errors import ServerError, UnavailableError, UsageError
-from redishacks.timeseries._kind import Entries, Hit, Kind
+from redishacks.timeseries._kind import Amounts, Entries, Hit, Kind
 from redishacks.timeseries.record import TOOL, Record, parse
 from redishacks.timeseries.resolution import Ladder, Rung, ladder
 
@@ -36,6 +37,8 @@ VIEW = 60
 SKEW = 60
 #: Seconds that a producer's fence lives.
 _FENCE = 86_400
+#: How many of those are kept: some 2 kB each.
+_SAID = 1_000
 #: Hits of one script: each is in a key per resolution.
 _PART = 500
 
@@ -91,6 +94,9 @@ class Layout:
         self.off = -self._ahead
         #: When that was read, in seconds of the server's clock.
         self._viewed = 0.0
+        #: What was said to add to the bucket of now; see `now_hit`.
+        self._said_for: tuple[int, int, Ladder] | None = None
+        self._said: dict[tuple[bytes, Amounts], Command[Applied]] = {}
         self._wanted = wanted
         self._prefix = _keys.check_name(prefix, "prefix")
         self._name = _keys.check_name(name, "a series' name")
@@ -234,6 +240,24 @@ class Layout:
             for start in range(0, len(group), _PART):
                 yield p, group[start : start + _PART]
 
+    def now_hit(self, hit: Hit) -> Command[Applied]:
+        """Add to the bucket of now, which begins at the hit's time, as long as that is now.
+
+        All hits of a bucket that are alike say the same: that is kept until the next one begins.
+        """
+        until = self.until()
+        if self._said_for != (hit.time, until, self.rungs):
+            self._said_for, self._said = (hit.time, until, self.rungs), {}
+        said = self._said
+        about = hit.key, hit.amounts
+        found = None if hit.member else said.get(about)
+        if found is None:
+            window = hit.time * 1_000_000, min((hit.time + self.step) * 1_000_000, until)
+            found = packed(self.put(self.folded([hit]), window=window))
+            if len(said) < _SAID and not hit.member:
+                said[about] = found
+        return found
+
     def put(
         self,
         folded: Folded,
@@ -255,8 +279,10 @@ class Layout:
         keys: list[bytes] = []
         words: list[str | bytes] = ["", str(earliest), str(latest), "", str(coarsest), str(keep)]
         entry = self.kind.words
+        heads: dict[bytes, bytes] = {}
         for (rung, key, pack), entries in folded.items():
-            keys.append(self.at(key, rung, pack))
+            head = heads.get(key) or heads.setdefault(key, self.head(key))
+            keys.append(b"%b%d:%d" % (head, rung.step, pack))
             told: list[tuple[str | bytes, ...]] = []
             for (place, member), amounts in entries.items():
                 told += entry(place, member, amounts)

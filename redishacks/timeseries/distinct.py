@@ -145,7 +145,7 @@ class _Seen(Core[T, C]):
                 groups.append([_count(keys)])
             else:
                 groups.append([command for keys in slots.values() for command in mget(keys)])
-        every = list(dict.fromkeys(tile for _, tiles in unions for tile in tiles))
+        every = list({(tile.rung, tile.pack): 0 for _, tiles in unions for tile in tiles})
         answers = yield from self._exchange([group for group in groups if group], every, now)
         if answers is None:
             return None

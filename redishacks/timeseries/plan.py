@@ -8,7 +8,7 @@ ones have expired the range is widened to the finest that still exist.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from redishacks.timeseries.resolution import Rung, finest_from
@@ -78,7 +78,7 @@ def plan(rungs: Sequence[Rung], start: int, end: int, now: int) -> Plan:
     return Plan(
         low,
         high,
-        tuple(_cut(_tiles(rungs, len(rungs) - 1, low, high, now))),
+        tuple(_cut(_runs(rungs, low, high, now))),
         max(left.step, right.step),
         complete and tight,
     )
@@ -88,39 +88,42 @@ def run_of(rung: Rung, start: int, end: int, now: int) -> Iterator[Tile]:
     """Tile a range with buckets of one resolution, as far as they are there."""
     first = max(start, rung.horizon(now)) // rung.step * rung.step
     last = _up(end, rung.step)
-    return _cut(iter([(rung, first, last)] if first < last else []))
+    return _cut([(rung, first, last)] if first < last else [])
 
 
-def _tiles(
-    rungs: Sequence[Rung], level: int, low: int, high: int, now: int
-) -> Iterator[tuple[Rung, int, int]]:
-    """Yield runs of buckets that cover from `low` to before `high`, the coarsest inside."""
-    rung = rungs[level]
-    first = max(_up(low, rung.step), _up(rung.horizon(now), rung.step))
-    last = high // rung.step * rung.step
-    if first >= last:
-        if level:
-            yield from _tiles(rungs, level - 1, low, high, now)
-        return
-    if low < first:
-        yield from _tiles(rungs, level - 1, low, first, now)
-    yield rung, first, last
-    if last < high:
-        yield from _tiles(rungs, level - 1, last, high, now)
+def _runs(rungs: Sequence[Rung], low: int, high: int, now: int) -> list[tuple[Rung, int, int]]:
+    """Return runs of buckets that cover from `low` to before `high`, the coarsest inside."""
+    before: list[tuple[Rung, int, int]] = []
+    after: list[tuple[Rung, int, int]] = []
+    left = right = -1  # where what is covered already begins and ends
+    for rung in reversed(rungs):
+        step = rung.step
+        first, last = _up(max(low, rung.horizon(now)), step), high // step * step
+        if left < 0:
+            if first < last:
+                before.append((rung, first, last))
+                left, right = first, last
+            continue
+        if first < left:
+            before.append((rung, first, left))
+            left = first
+        if right < last:
+            after.append((rung, right, last))
+            right = last
+    before.reverse()
+    return before + after
 
 
-def _cut(runs: Iterator[tuple[Rung, int, int]]) -> Iterator[Tile]:
+def _cut(runs: Iterable[tuple[Rung, int, int]]) -> Iterator[Tile]:
     """Cut runs at the ends of packed keys."""
     for rung, first, last in runs:
-        span = rung.span
-        for pack in range(rung.pack(first), rung.pack(last - 1) + 1):
-            begins = pack * span
-            yield Tile(
-                rung,
-                pack,
-                (max(first, begins) - begins) // rung.step,
-                (min(last, begins + span) - begins) // rung.step,
-            )
+        step, span = rung.step, rung.span
+        pack, begins = divmod(first, span)
+        ends = last - pack * span
+        while ends > span:
+            yield Tile(rung, pack, begins // step, rung.buckets)
+            pack, begins, ends = pack + 1, 0, ends - span
+        yield Tile(rung, pack, begins // step, ends // step)
 
 
 def _up(time: int, step: int) -> int:
