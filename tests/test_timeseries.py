@@ -29,7 +29,7 @@ from redishacks.errors import (
 )
 from redishacks.testing import Cluster, FaultProxy, Server
 from redishacks.timeseries import AsyncTimeSeries, Resolution, TimeSeries, _calendar
-from redishacks.timeseries._packing import Packed
+from redishacks.timeseries._packing import Packed, spread
 from redishacks.timeseries.plan import plan
 from redishacks.timeseries.resolution import COARSE, DAY, DEFAULT, HOUR, MINUTE, Rung, ladder
 from tests.helpers import eventually
@@ -176,12 +176,12 @@ def test_a_packed_key_is_a_dictionary(
             expected.pop(place, None)
     stored: Command[bytes] = Command(("GET", key), (key,))
     packed = Packed(transport.call(stored, 5.0), buckets)
-    assert list(packed.spread(0, buckets)) == [expected.get(i, 0) for i in range(buckets)]
+    assert list(spread([(packed, 0, buckets)])) == [expected.get(i, 0) for i in range(buckets)]
     first = data.draw(st.integers(0, buckets - 1))
     last = data.draw(st.integers(first + 1, buckets))
     some_values = [expected[i] for i in range(first, last) if i in expected]
     assert list(packed.values(first, last)) == some_values
-    assert list(packed.spread(first, last)) == [expected.get(i, 0) for i in range(first, last)]
+    assert list(spread([(packed, first, last)])) == [expected.get(i, 0) for i in range(first, last)]
     assert packed.present(first, last) == "".join(
         str(int(i in expected)) for i in range(first, last)
     )

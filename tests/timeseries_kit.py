@@ -19,7 +19,7 @@ import redis.asyncio
 from redishacks._command import Command
 from redishacks.testing import Server
 from redishacks.timeseries import AsyncTimeSeries, TimeSeries
-from redishacks.timeseries._packing import Packed
+from redishacks.timeseries._packing import Packed, spread
 from redishacks.timeseries.resolution import DAY, Rung
 from tests.helpers import Colour, Facade
 from tests.transport_kit import PEM
@@ -127,7 +127,7 @@ def stored(raw: Any, series: Any, prefix: str, name: str = "hits") -> list[Store
         assert abs(ttl - (rung.ends(pack) * 1000 - now)) <= 100, (key, ttl)
         packed = Packed(value, rung.buckets)
         there = packed.present(0, rung.buckets)
-        values = packed.spread(0, rung.buckets)
+        values = spread([(packed, 0, rung.buckets)])
         begins = pack * rung.span
         buckets = {
             begins + i * rung.step: values[i] for i in range(rung.buckets) if there[i] == "1"

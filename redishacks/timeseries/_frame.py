@@ -57,11 +57,13 @@ class Frame(NamedTuple):
 
     def series(self, values: Sequence[Number | None]) -> Series:
         """Return points with these values, as `fold` returns them."""
-        lost = self._lost
+        lost, ahead = self._lost, self._ahead
+        if lost or ahead:
+            values = [*itertools.repeat(None, lost), *values, *itertools.repeat(None, ahead)]
         return Series(
             self.marks[:-1],
             self.marks[-1],
-            [*[None] * lost, *values, *[None] * self._ahead],
+            values,
             resolution=self.rung.step,
             complete=not lost,
             first_partial=self.marks[0] < self.start,

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import itertools
 import struct
+import sys
+from array import array
 from collections.abc import Container, Iterable, Sequence
 from typing import ClassVar
 
@@ -81,23 +83,46 @@ class Packed(Bitmap):
         held, width = self.held(first, last), self._width
         return held if width == 1 else struct.unpack(f">{len(held) // width}{_CODES[width]}", held)
 
-    def spread(self, first: int, last: int) -> Sequence[int]:
-        """Return a value for each bucket from `first` to before `last`; 0 where there is none."""
+    @property
+    def width(self) -> int:
+        """How many bytes a value has."""
+        return self._width or 1
+
+    def spread(self, first: int, last: int, size: int) -> bytes | bytearray:
+        """Return a value for each bucket from `first` to before `last`; 0 where there is none.
+
+        They have `size` bytes each, at least as many as here, the highest first.
+        """
+        buckets, code = last - first, _CODES[size]
         values = self.values(first, last)
-        width = last - first
-        if len(values) == width:
-            return values
         if not values:
-            return bytes(width)
-        code, size, places = _CODES[self._width], self._width, self.present(first, last)
-        if len(values) * (24 if size == 1 else 4) < width:
-            spread = bytearray(width) if size == 1 else [0] * width
-            place = -1
-            for value in values:
-                place = places.find("1", place + 1)
-                spread[place] = value
-            return spread
+            return bytes(buckets * size)
+        if len(values) == buckets:
+            same = size == self._width
+            return self.held(first, last) if same else struct.pack(f">{buckets}{code}", *values)
+        places = self.present(first, last)
+        if len(values) * (24 if size == 1 else 4) < buckets:
+            return _set(values, places, size)
         # Packed again, with zeros between: less than a step of Python for each of so many values.
-        places = places.replace("1", code).replace("0", size * "x")
-        filled = struct.Struct(f">{places}").pack(*values)
-        return filled if size == 1 else struct.unpack(f">{width}{code}", filled)
+        form = places.replace("1", code).replace("0", "x" if size == 1 else f"{size}x")
+        return struct.Struct(f">{form}").pack(*values)
+
+
+def _set(values: Sequence[int], places: str, size: int) -> bytearray:
+    """Return bytes in which values stand where a place is 1."""
+    found, place = bytearray(len(places) * size), -1
+    put = struct.Struct(f">{_CODES[size]}").pack_into
+    for value in values:
+        place = places.find("1", place + 1)
+        put(found, place * size, value)
+    return found
+
+
+def spread(parts: Sequence[tuple[Packed, int, int]]) -> array[int]:
+    """Return a value for each bucket of packed keys, from `first` to before `last` of each."""
+    size = max((packed.width for packed, _, _ in parts), default=1)
+    found = array(_CODES[size])
+    found.frombytes(b"".join([packed.spread(first, last, size) for packed, first, last in parts]))
+    if sys.byteorder == "little":
+        found.byteswap()
+    return found

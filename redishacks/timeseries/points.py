@@ -13,7 +13,9 @@ Those packages are imported when they are asked for, not before.
 from __future__ import annotations
 
 import datetime as dt
+import functools
 import os
+from array import array
 from collections.abc import Iterator, Sequence
 from decimal import Decimal
 from pathlib import Path
@@ -73,7 +75,7 @@ class Series(Sequence[tuple[int, Number | None]]):
         #: When each point begins, in seconds since 1970; the last one ends at `end`.
         self.times = times
         self.end = end
-        self.values = values
+        self._values = values
         #: Step of the buckets that were read, in seconds.
         self.resolution = resolution
         #: False when a value is not known because its buckets have expired.
@@ -81,8 +83,14 @@ class Series(Sequence[tuple[int, Number | None]]):
         #: The first or the last point reaches beyond the range asked for, or beyond now.
         self.first_partial, self.last_partial = first_partial, last_partial
 
+    @functools.cached_property
+    def values(self) -> Sequence[Number | None]:
+        """The value of each point."""
+        # Until somebody asks they stay as they were read: that is most of what a range takes.
+        return list(self._values) if isinstance(self._values, array) else self._values
+
     def __len__(self) -> int:
-        return len(self.values)
+        return len(self._values)
 
     @overload
     def __getitem__(self, index: int) -> tuple[int, Number | None]: ...
@@ -145,8 +153,10 @@ class Series(Sequence[tuple[int, Number | None]]):
             import numpy as np
         except ImportError:
             raise _missing("to_numpy()", "numpy", "numpy") from None
-        values = np.array(self.values)
-        if values.dtype != np.int64:
+        values = np.array(self._values)
+        if isinstance(self._values, array):
+            values = values.astype(np.int64)
+        elif values.dtype != np.int64:
             values = values.astype(np.float64)
         return _seconds(self.times).view("datetime64[s]"), values
 

@@ -28,7 +28,7 @@ from redishacks.timeseries import _calendar
 from redishacks.timeseries._colours import AsyncSeries, SyncSeries
 from redishacks.timeseries._core import C, Core, Draft, T, several
 from redishacks.timeseries._kind import Amounts, Entries, Kind, mget
-from redishacks.timeseries._packing import Packed
+from redishacks.timeseries._packing import Packed, spread
 from redishacks.timeseries.plan import Plan
 from redishacks.timeseries.points import Series, Total
 from redishacks.timeseries.resolution import Rung
@@ -118,9 +118,8 @@ class _Counted(Core[T, C]):
         tz: str | dt.tzinfo,
     ) -> Steps[Series]:
         made, found = yield from self._framed(key, start, end, step, tz)
-        flat: list[int] = []
-        for tile, packed in zip(made.tiles, found, strict=True):
-            flat += packed.spread(tile.first, tile.last)
+        tiles = zip(found, made.tiles, strict=True)
+        flat = spread([(packed, tile.first, tile.last) for packed, tile in tiles])
         values = made.fold(flat, _added)
         return made.series(values)
 
