@@ -26,7 +26,13 @@ from redishacks.errors import (
     UsageError,
 )
 from redishacks.testing import Cluster, Server, serve, servers_available, valkey_sentinel
-from redishacks.timeseries import TimeSeries
+from redishacks.timeseries import (
+    DistinctSeries,
+    GaugeSeries,
+    LatencySeries,
+    TimeSeries,
+    TopSeries,
+)
 from redishacks.timeseries.resolution import DAY, HOUR
 from tests.helpers import eventually
 from tests.timeseries_kit import Both, agree, noon, stored, tls_in_front
@@ -470,34 +476,104 @@ def _replicated(setup: Any) -> bool:
 # Rights
 
 
-def test_the_acl_of_series_is_enough(valkey: Server, prefix: str) -> None:
-    """A user with the rights the README lists can count and read in every way."""
+@pytest.fixture(params=["redishacks_valkey", "redishacks_redis"])
+def limited(request: pytest.FixtureRequest, prefix: str) -> Iterator[redis.Redis]:
+    """A user with the rights the README lists, whom nothing is refused."""
+    server: Server = request.getfixturevalue(request.param)
     line = re.search(r"^user series on (.*)$", README, re.M)
     assert line is not None
-    with valkey.client() as admin:
-        admin.execute_command("ACL", "SETUSER", "series", "reset", "on", *line[1].split())
-        user = redis.Redis(port=valkey.port, username="series", password="password")
+    with server.client() as admin:
+        admin.execute_command("ACL", "SETUSER", prefix, "reset", "on", *line[1].split())
+        user = redis.Redis(port=server.port, username=prefix, password="password")
         try:
             admin.script_flush()
-            series = TimeSeries(user, prefix)
-            now = int(time.time())
-            series.incr("a")
-            series.incr("a", 300, at=now - DAY)
-            for _ in range(2):
-                series.incr_many([("a", 1, now), ("b", 2, now), ("a", 1, now - HOUR)])
-            with TimeSeries(user, prefix, linger=60) as lingering:
-                lingering.incr("a")
-            assert series.sum("a", now - 2 * DAY) == 306
-            assert series.sums(["a", "b"], now - 60, now + 60) == {"a": 4, "b": 4}
-            assert series.range("a", now - 2 * DAY, step=DAY).sum() == 306
-            assert series.today("b", noon()) == 4
-            assert series.explain("a", now - HOUR).bytes > 0
+            yield user
             log: Any = admin.acl_log()
-            assert not [entry for entry in log if entry["username"] == "series"], log
+            assert not [entry for entry in log if entry["username"] == prefix], log
             user.close()
         finally:
-            admin.execute_command("ACL", "DELUSER", "series")
-            admin.delete(*admin.scan_iter(f"rh:t1:{{{prefix}/*"))
+            admin.execute_command("ACL", "DELUSER", prefix)
+            admin.delete(*admin.scan_iter(f"rh:t1:{{{prefix}*"))
+
+
+def kept(user: Any, name: str) -> dict[str, tuple[Any, Callable[[str, int], Any]]]:
+    """Return a series of each kind, and what writes to it."""
+    hits, seen = TimeSeries(user, f"{name}-h"), DistinctSeries(user, f"{name}-d")
+    pages = TopSeries(user, f"{name}-t", keep=1)
+    queue, took = GaugeSeries(user, f"{name}-g"), LatencySeries(user, f"{name}-l")
+    return {
+        "sum": (hits, lambda key, at: hits.incr(key, 300, at=at)),
+        "distinct": (seen, lambda key, at: seen.add(key, "x", "y", at=at)),
+        "top": (pages, lambda key, at: pages.incr_many((key, m, m, at) for m in (1, 2, 3))),
+        "gauge": (queue, lambda key, at: queue.set(key, -5, at=at)),
+        "latency": (took, lambda key, at: took.record(key, 0.25, at=at)),
+    }
+
+
+@pytest.mark.parametrize("kind", STORIES)
+def test_the_acl_of_series_is_enough(limited: redis.Redis, prefix: str, kind: str) -> None:
+    """A user with the rights the README lists can count, read and do all upkeep."""
+    series, write = kept(limited, prefix)[kind]
+    day = int(time.time()) // DAY * DAY
+    for key in "aab":
+        for at in (day, day - DAY, day - DAY + 3 * HOUR):
+            write(key, at)
+    assert series.explain("a", day).complete
+    assert sorted(series.keys()) == ["a", "b"]
+    rows = list(series.export())
+    series.merge("a", "b")
+    assert list(series.keys()) == ["b"]
+    # The one is partly in the range at every resolution, the other is wholly.
+    series.delete("b", day - DAY, day - DAY + 2 * HOUR)
+    series.delete("b", day - DAY, day + DAY)
+    assert list(series.keys()) == []
+    assert series.import_(rows) == len(rows)
+    assert sorted(series.keys()) == ["a", "b"]
+    assert series.add_resolution((1200, 40 * DAY)) > day
+
+
+def test_the_acl_of_series_is_enough_for_reading(limited: redis.Redis, prefix: str) -> None:
+    """Such a user can look at series of every kind in every way."""
+    now = int(time.time())
+    made = kept(limited, prefix)
+    for _, write in made.values():
+        for at in (now, now - DAY):
+            write("a", at)
+    hits, seen, pages, queue, took = (series for series, _ in made.values())
+    start, end = now - 2 * DAY, now + 60
+    assert hits.sum("a", start, end) == 600
+    assert hits.sums(["a", "b"], start, end) == {"a": 600, "b": 0}
+    assert seen.count("a", start, end) == seen.union(["a", "b"], start, end) == 2
+    assert pages.top("a", start, end).total == 12
+    assert queue.read("a", start, end).count == 2
+    assert took.histogram("a", start, end).count == 2
+    assert hits.range("a", start, step=DAY).sum() == 600
+    assert seen.range("a", start, step=DAY).sum() == 4
+    assert queue.range("a", start, step=DAY, of="count").sum() == 2
+    assert len(took.range("a", 0.5, start, step=DAY)) == 3
+    with TimeSeries(limited, hits.name, linger=60) as lingering:
+        lingering.incr("a")
+    assert hits.sum("a", start, end) == 601
+
+
+def test_the_acl_of_series_on_a_cluster(cluster: Cluster, prefix: str) -> None:
+    """The same rights do on a cluster: no node is left out of what is listed."""
+    line = re.search(r"^user series on (.*)$", README, re.M)
+    assert line is not None
+    rights = [*line[1].split(), "+command"]  # which redis-py's own client of a cluster asks for
+    with contextlib.ExitStack() as stack:
+        for node in cluster.nodes:
+            admin = stack.enter_context(node.client())
+            admin.execute_command("ACL", "SETUSER", prefix, "reset", "on", *rights)
+            stack.callback(admin.execute_command, "ACL", "DELUSER", prefix)
+        host, port = cluster.startup_nodes[0]
+        user = redis.RedisCluster(host=host, port=port, username=prefix, password="password")
+        keys = {f"k{n}" for n in range(20)}
+        for series, write in kept(user, prefix).values():
+            for key in keys:
+                write(key, int(time.time()))
+            assert set(series.keys()) == keys
+        user.close()
 
 
 def test_rights_that_are_missing(valkey: Server, prefix: str) -> None:
