@@ -156,7 +156,7 @@ def gauges(colour: Both, make: Callable[[], Any], prefix: str) -> None:
     found = queue.reads(["b"], now - 5 * DAY, now + 60)["b"]
     assert (found.last, found.min, found.max, found.count) == (-4, -4, 300, 3)
     assert found.mean == 293 / 3
-    assert queue.today("b", noon()).last == -4
+    assert (queue.today("b", noon()).last, queue.today("b", noon()).count) == (-4, 1)
     points = queue.range("b", now - 2 * DAY, now - HOUR, step=HOUR, of="max")
     assert Counter(points.values) == {None: len(points) - 1, 300: 1}
     prices = colour.series(make(), "prices", scale=2, **options)
@@ -550,7 +550,7 @@ def test_the_acl_of_series_is_enough_for_reading(limited: redis.Redis, prefix: s
     assert hits.range("a", start, step=DAY).sum() == 600
     assert seen.range("a", start, step=DAY).sum() == 4
     assert queue.range("a", start, step=DAY, of="count").sum() == 2
-    assert len(took.range("a", 0.5, start, step=DAY)) == 3
+    assert len(took.range("a", 0.5, start, step=DAY)) >= 3
     with TimeSeries(limited, hits.name, linger=60) as lingering:
         lingering.incr("a")
     assert hits.sum("a", start, end) == 601
