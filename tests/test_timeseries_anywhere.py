@@ -9,6 +9,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,13 @@ from redishacks.errors import (
     UsageError,
 )
 from redishacks.testing import Cluster, Server, serve, servers_available, valkey_sentinel
-from redishacks.timeseries import TimeSeries
+from redishacks.timeseries import (
+    DistinctSeries,
+    GaugeSeries,
+    LatencySeries,
+    TimeSeries,
+    TopSeries,
+)
 from redishacks.timeseries.resolution import DAY, HOUR
 from tests.helpers import eventually
 from tests.timeseries_kit import Both, agree, noon, stored, tls_in_front
@@ -85,11 +92,115 @@ def story(colour: Both, make: Callable[[], Any], prefix: str) -> None:
     colour.shut(hits, other, lingering)
 
 
+def distincts(colour: Both, make: Callable[[], Any], prefix: str) -> None:
+    """Note members, and count them over ranges and over series."""
+    options: Any = {"kind": "DistinctSeries", "prefix": prefix, "deadline": 5}
+    seen = colour.series(make(), "seen", **options)
+    now = int(time.time())
+    assert seen.count("a", now - HOUR) == 0
+    for _ in range(2):
+        seen.add("a", "x", b"\xff", "é", 7)
+        seen.add_many([("b", "x"), ("b", "y", now - 3 * DAY), (b"\xff", "z", now - DAY)])
+    lingering = colour.series(make(), "seen", linger=60, **options)
+    lingering.add("a", "x", "late", at=now - DAY)
+    lingering.close()
+    names = ["a", "b", b"\xff", "none"]
+    counts = seen.counts(names, now - 5 * DAY, now + 60)
+    assert counts == {"a": 5, "b": 2, b"\xff": 1, "none": 0}
+    assert counts["a"].error == 0.0081
+    assert seen.union(names, now - 5 * DAY, now + 60) == 7  # in whatever slots they are
+    assert seen.count("a", now - 60, now + 60) == 4
+    assert seen.today("a", noon()) == 4
+    points = seen.range("b", now - 5 * DAY, now + 60, step=HOUR)
+    assert Counter(points.values) == {0: len(points) - 2, 1: 2}
+    colour.shut(seen, lingering)
+
+
+def tops(colour: Both, make: Callable[[], Any], prefix: str) -> None:
+    """Add to members, more of them than are kept, and see the heaviest."""
+    options: Any = {"kind": "TopSeries", "keep": 2, "prefix": prefix, "deadline": 5}
+    pages = colour.series(make(), "pages", **options)
+    now = int(time.time())
+    assert not pages.top("a", now - HOUR)
+    pages.incr("a", "x", 5, at=now)
+    pages.incr_many([("a", b"\xff", 2, now), ("b", "y", 2**52, now - 3 * DAY), ("b", 7, 1, now)])
+    lingering = colour.series(make(), "pages", linger=60, **options)
+    lingering.incr("a", "x", 4, at=now - DAY)
+    lingering.close()
+    found = pages.top("a", now - 2 * DAY, now + 60, n=5)
+    assert (list(found), found.total, found.error) == ([("x", 9), (b"\xff", 2)], 11, 0)
+    both = pages.tops(["b", "none"], now - 5 * DAY, now + 60)
+    assert [list(each) for each in both.values()] == [[("y", 2**52), ("7", 1)], []]
+    # With more than twice as many as are kept, what is as heavy as the third or lighter goes.
+    pages.incr_many([("c", f"m{n}", n, now) for n in range(1, 6)])
+    found = pages.top("c", now - 60, now + 60)
+    assert (list(found), found.total, found.error) == ([("m5", 2), ("m4", 1)], 15, 3)
+    assert pages.today("a", noon()).total == 7
+    colour.shut(pages, lingering)
+
+
+def gauges(colour: Both, make: Callable[[], Any], prefix: str) -> None:
+    """Set values as far from 0 as they may be; what is stored is exact, of either sign."""
+    options: Any = {"kind": "GaugeSeries", "prefix": prefix, "deadline": 5}
+    queue = colour.series(make(), "queue", **options)
+    now, most = int(time.time()), 2**53 - 1
+    assert queue.read("a", now - HOUR).last is None
+    for value in (-1, most, -256, -most, -(2**40) - 1):  # each reads what is there and stores it
+        queue.set("a", value, at=now)
+    queue.set_many([("a", 9, now - 1 / 8), ("b", -3, now - 3 * DAY), ("b", -4)])
+    found = queue.read("a", now, now + 10)
+    assert (found.last, found.at, found.min, found.max) == (-(2**40) - 1, now, -most, most)
+    lingering = colour.series(make(), "queue", linger=60, **options)
+    lingering.set("b", 300, at=now - DAY)
+    lingering.close()
+    found = queue.reads(["b"], now - 5 * DAY, now + 60)["b"]
+    assert (found.last, found.min, found.max, found.count) == (-4, -4, 300, 3)
+    assert found.mean == 293 / 3
+    assert (queue.today("b", noon()).last, queue.today("b", noon()).count) == (-4, 1)
+    points = queue.range("b", now - 2 * DAY, now - HOUR, step=HOUR, of="max")
+    assert Counter(points.values) == {None: len(points) - 1, 300: 1}
+    prices = colour.series(make(), "prices", scale=2, **options)
+    prices.set("a", Decimal("-3.14"))
+    assert prices.read("a", now - 60, now + 60).min == Decimal("-3.14")
+    colour.shut(queue, lingering, prices)
+
+
+def latencies(colour: Both, make: Callable[[], Any], prefix: str) -> None:
+    """Record durations and look at histograms of them."""
+    options: Any = {"kind": "LatencySeries", "prefix": prefix, "deadline": 5}
+    took = colour.series(make(), "took", **options)
+    now = int(time.time())
+    assert took.quantile("a", 0.5, now - HOUR) is None
+    took.record("a", 0.25)
+    took.record_many([("a", 0.5, now - 3 * DAY)] * 300)
+    took.record_many([("a", 0.000_003, now - DAY), ("b", 60)])
+    lingering = colour.series(make(), "took", linger=60, **options)
+    lingering.record("b", 0, at=now - DAY)
+    lingering.close()
+    found = took.histogram("a", now - 5 * DAY, now + 60)
+    assert (found.count, found.min) == (302, 0.000_003)
+    assert took.quantile("a", 0.9, now - 5 * DAY, now + 60) == pytest.approx(0.5, rel=0.01)
+    assert took.histograms(["b"], now - 5 * DAY, now + 60)["b"].max == pytest.approx(60, rel=0.01)
+    assert took.today("b", noon()).count == 1
+    points = took.range("a", 0.5, now - 2 * DAY, now - HOUR, step=HOUR)
+    assert Counter(points.values) == {None: len(points) - 1, 0.000_003: 1}
+    colour.shut(took, lingering)
+
+
+#: What every kind of series is put through.
+STORIES = {
+    "sum": story, "distinct": distincts, "top": tops, "gauge": gauges, "latency": latencies,
+}  # fmt: skip
+every_kind = pytest.mark.parametrize("tell", STORIES.values(), ids=STORIES)
+Tell = Callable[[Both, Callable[[], Any], str], None]
+
+
 @pytest.mark.parametrize("binary", servers_available(), ids=lambda binary: binary.kind)
 def test_on_every_server(colour: Both, binary: Any, prefix: str) -> None:
     """Valkey, the oldest Redis that is supported, and whatever Redis the machine has."""
     with serve(binary) as server:
-        story(colour, lambda: colour.client(server.url), prefix)
+        for tell in STORIES.values():
+            tell(colour, lambda: colour.client(server.url), prefix)
         with server.client() as raw:
             series = TimeSeries(server.url, "hits", prefix=prefix, deadline=5)
             series.sum("a", 0)
@@ -106,17 +217,21 @@ def test_on_every_server(colour: Both, binary: Any, prefix: str) -> None:
     ],
     ids=str,
 )
+@every_kind
 def test_however_the_client_reads(
-    colour: Both, valkey: Server, prefix: str, options: dict[str, Any]
+    colour: Both, valkey: Server, prefix: str, options: dict[str, Any], tell: Tell
 ) -> None:
     """RESP2, RESP3 and decoding are the user's business: packed bytes come back as they are."""
-    story(colour, lambda: colour.client(valkey.url, **options), prefix)
+    tell(colour, lambda: colour.client(valkey.url, **options), prefix)
 
 
 @pytest.mark.parametrize("options", [{}, {"protocol": 3}, {"decode_responses": True}], ids=str)
-def test_in_a_users_unit_test(colour: Both, prefix: str, options: dict[str, Any]) -> None:
+@every_kind
+def test_in_a_users_unit_test(
+    colour: Both, prefix: str, options: dict[str, Any], tell: Tell
+) -> None:
     """fakeredis with Lua stands in for a server; nothing of it is evidence of ours."""
-    story(colour, colour.fake(**options), prefix)
+    tell(colour, colour.fake(**options), prefix)
 
 
 def test_urls_of_every_sort(colour: Both, valkey: Server, prefix: str) -> None:
@@ -158,9 +273,14 @@ def on_cluster(colour: Both, cluster: Cluster) -> Any:
     return colour.module.RedisCluster(host=host, port=port)
 
 
+@every_kind
+def test_every_kind_on_a_cluster(colour: Both, cluster: Cluster, prefix: str, tell: Tell) -> None:
+    """Every command of every kind stays in one slot, whatever is asked of many series."""
+    tell(colour, lambda: on_cluster(colour, cluster), prefix)
+
+
 def test_on_a_cluster(colour: Both, cluster: Cluster, prefix: str) -> None:
-    """Series lie in slots of all nodes, and every command stays in one slot."""
-    story(colour, lambda: on_cluster(colour, cluster), prefix)
+    """Series lie in slots of all nodes."""
     keys = [f"k{n}" for n in range(60)]
     series = colour.series(on_cluster(colour, cluster), prefix=prefix, deadline=5)
     now = time.time()
@@ -356,34 +476,104 @@ def _replicated(setup: Any) -> bool:
 # Rights
 
 
-def test_the_acl_of_series_is_enough(valkey: Server, prefix: str) -> None:
-    """A user with the rights the README lists can count and read in every way."""
+@pytest.fixture(params=["redishacks_valkey", "redishacks_redis"])
+def limited(request: pytest.FixtureRequest, prefix: str) -> Iterator[redis.Redis]:
+    """A user with the rights the README lists, whom nothing is refused."""
+    server: Server = request.getfixturevalue(request.param)
     line = re.search(r"^user series on (.*)$", README, re.M)
     assert line is not None
-    with valkey.client() as admin:
-        admin.execute_command("ACL", "SETUSER", "series", "reset", "on", *line[1].split())
-        user = redis.Redis(port=valkey.port, username="series", password="password")
+    with server.client() as admin:
+        admin.execute_command("ACL", "SETUSER", prefix, "reset", "on", *line[1].split())
+        user = redis.Redis(port=server.port, username=prefix, password="password")
         try:
             admin.script_flush()
-            series = TimeSeries(user, prefix)
-            now = int(time.time())
-            series.incr("a")
-            series.incr("a", 300, at=now - DAY)
-            for _ in range(2):
-                series.incr_many([("a", 1, now), ("b", 2, now), ("a", 1, now - HOUR)])
-            with TimeSeries(user, prefix, linger=60) as lingering:
-                lingering.incr("a")
-            assert series.sum("a", now - 2 * DAY) == 306
-            assert series.sums(["a", "b"], now - 60, now + 60) == {"a": 4, "b": 4}
-            assert series.range("a", now - 2 * DAY, step=DAY).sum() == 306
-            assert series.today("b", noon()) == 4
-            assert series.explain("a", now - HOUR).bytes > 0
+            yield user
             log: Any = admin.acl_log()
-            assert not [entry for entry in log if entry["username"] == "series"], log
+            assert not [entry for entry in log if entry["username"] == prefix], log
             user.close()
         finally:
-            admin.execute_command("ACL", "DELUSER", "series")
-            admin.delete(*admin.scan_iter(f"rh:t1:{{{prefix}/*"))
+            admin.execute_command("ACL", "DELUSER", prefix)
+            admin.delete(*admin.scan_iter(f"rh:t1:{{{prefix}*"))
+
+
+def kept(user: Any, name: str) -> dict[str, tuple[Any, Callable[[str, int], Any]]]:
+    """Return a series of each kind, and what writes to it."""
+    hits, seen = TimeSeries(user, f"{name}-h"), DistinctSeries(user, f"{name}-d")
+    pages = TopSeries(user, f"{name}-t", keep=1)
+    queue, took = GaugeSeries(user, f"{name}-g"), LatencySeries(user, f"{name}-l")
+    return {
+        "sum": (hits, lambda key, at: hits.incr(key, 300, at=at)),
+        "distinct": (seen, lambda key, at: seen.add(key, "x", "y", at=at)),
+        "top": (pages, lambda key, at: pages.incr_many((key, m, m, at) for m in (1, 2, 3))),
+        "gauge": (queue, lambda key, at: queue.set(key, -5, at=at)),
+        "latency": (took, lambda key, at: took.record(key, 0.25, at=at)),
+    }
+
+
+@pytest.mark.parametrize("kind", STORIES)
+def test_the_acl_of_series_is_enough(limited: redis.Redis, prefix: str, kind: str) -> None:
+    """A user with the rights the README lists can count, read and do all upkeep."""
+    series, write = kept(limited, prefix)[kind]
+    day = int(time.time()) // DAY * DAY
+    for key in "aab":
+        for at in (day, day - DAY, day - DAY + 3 * HOUR):
+            write(key, at)
+    assert series.explain("a", day).complete
+    assert sorted(series.keys()) == ["a", "b"]
+    rows = list(series.export())
+    series.merge("a", "b")
+    assert list(series.keys()) == ["b"]
+    # The one is partly in the range at every resolution, the other is wholly.
+    series.delete("b", day - DAY, day - DAY + 2 * HOUR)
+    series.delete("b", day - DAY, day + DAY)
+    assert list(series.keys()) == []
+    assert series.import_(rows) == len(rows)
+    assert sorted(series.keys()) == ["a", "b"]
+    assert series.add_resolution((1200, 40 * DAY)) > day
+
+
+def test_the_acl_of_series_is_enough_for_reading(limited: redis.Redis, prefix: str) -> None:
+    """Such a user can look at series of every kind in every way."""
+    now = int(time.time())
+    made = kept(limited, prefix)
+    for _, write in made.values():
+        for at in (now, now - DAY):
+            write("a", at)
+    hits, seen, pages, queue, took = (series for series, _ in made.values())
+    start, end = now - 2 * DAY, now + 60
+    assert hits.sum("a", start, end) == 600
+    assert hits.sums(["a", "b"], start, end) == {"a": 600, "b": 0}
+    assert seen.count("a", start, end) == seen.union(["a", "b"], start, end) == 2
+    assert pages.top("a", start, end).total == 12
+    assert queue.read("a", start, end).count == 2
+    assert took.histogram("a", start, end).count == 2
+    assert hits.range("a", start, step=DAY).sum() == 600
+    assert seen.range("a", start, step=DAY).sum() == 4
+    assert queue.range("a", start, step=DAY, of="count").sum() == 2
+    assert len(took.range("a", 0.5, start, step=DAY)) >= 3
+    with TimeSeries(limited, hits.name, linger=60) as lingering:
+        lingering.incr("a")
+    assert hits.sum("a", start, end) == 601
+
+
+def test_the_acl_of_series_on_a_cluster(cluster: Cluster, prefix: str) -> None:
+    """The same rights do on a cluster: no node is left out of what is listed."""
+    line = re.search(r"^user series on (.*)$", README, re.M)
+    assert line is not None
+    rights = [*line[1].split(), "+command"]  # which redis-py's own client of a cluster asks for
+    with contextlib.ExitStack() as stack:
+        for node in cluster.nodes:
+            admin = stack.enter_context(node.client())
+            admin.execute_command("ACL", "SETUSER", prefix, "reset", "on", *rights)
+            stack.callback(admin.execute_command, "ACL", "DELUSER", prefix)
+        host, port = cluster.startup_nodes[0]
+        user = redis.RedisCluster(host=host, port=port, username=prefix, password="password")
+        keys = {f"k{n}" for n in range(20)}
+        for series, write in kept(user, prefix).values():
+            for key in keys:
+                write(key, int(time.time()))
+            assert set(series.keys()) == keys
+        user.close()
 
 
 def test_rights_that_are_missing(valkey: Server, prefix: str) -> None:

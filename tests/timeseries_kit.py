@@ -16,9 +16,9 @@ import fakeredis
 import redis
 import redis.asyncio
 
+from redishacks import timeseries
 from redishacks._command import Command
 from redishacks.testing import Server
-from redishacks.timeseries import AsyncTimeSeries, TimeSeries
 from redishacks.timeseries._packing import Packed, spread
 from redishacks.timeseries.resolution import DAY, Rung
 from tests.helpers import Colour, Facade
@@ -65,11 +65,15 @@ class Both(Colour):
         server = fakeredis.FakeServer()
         return lambda: kind(server=server, **options)
 
-    def series(self, client: Any, name: str = "hits", **options: Any) -> Any:
+    def series(
+        self, client: Any, name: str = "hits", *, kind: str = "TimeSeries", **options: Any
+    ) -> Any:
         """Return a series of this colour."""
         if self._runner:
-            return Facade(AsyncTimeSeries(client, name, **options), self._runner)
-        return TimeSeries(client, name, **options)
+            made: Any = getattr(timeseries, f"Async{kind}")
+            return Facade(made(client, name, **options), self._runner)
+        made = getattr(timeseries, kind)
+        return made(client, name, **options)
 
     def shut(self, *series: Any) -> None:
         """Close the connections of series, and those of their clients."""

@@ -1,6 +1,6 @@
 -- What the other scripts use of `struct`, for servers that lack it (fakeredis); included by them.
--- Formats: B, I1 to I7, and i4, which has a sign; little-endian, or after a ">" the highest byte
--- first.
+-- Formats: B, I1 to I7, and i1 to i8, which have a sign; little-endian, or after a ">" the highest
+-- byte first. Numbers are exact below 2^53 of either sign.
 
 local struct = struct or (function()
   local function fields(format)
@@ -33,10 +33,11 @@ local struct = struct or (function()
     for i, field in ipairs(found) do
       local size, value = field[1], 0
       for place = 0, size - 1 do
-        value = value * 256 + string.byte(text, big and at + place or at + size - 1 - place)
-      end
-      if field[2] and value >= 2 ^ (8 * size - 1) then
-        value = value - 2 ^ (8 * size)
+        local byte = string.byte(text, big and at + place or at + size - 1 - place)
+        if place == 0 and field[2] and byte >= 128 then
+          byte = byte - 256 -- the highest one has the sign; so no step passes what is exact
+        end
+        value = value * 256 + byte
       end
       values[i] = value
       at = at + size

@@ -2,13 +2,19 @@
 
     hits = TimeSeries("redis://localhost:6379/0", "hits")
     hits.incr("project:42")
-    hits.sum("project:42", start, end)                   # exact to 10 seconds at its edges
+    hits.incr("project:42", 5, at=time.time() - 3600)    # late
+    hits.sum("project:42", start, end)                   # Total: exact to 10 seconds at its edges
     hits.today("project:42", tz="America/Recife")
-    hits.range("project:42", start, end, step=3600)
+    hits.range("project:42", start, end, step=3600)      # Series of (time, value)
 
 A hit is counted in one bucket of every resolution, by one script. A sum reads the coarsest buckets
-that fit, and finer ones at its edges. Buckets are packed, some 360 to a key; a key expires as a
-whole. Keys: see commands.py.
+that fit, and finer ones at its edges; what has expired is not 0 but said: `Total.complete`, and
+None in a `Series`. A bucket that was not written and has not expired is 0.
+
+Keys: see commands.py. Some 360 buckets are packed into a string: a byte or two per bucket in use,
+and 46 for the bitmap; so a write copies a string of a kilobyte, and a sum reads all of it for one
+bucket. A key expires as a whole, its oldest buckets later than they must. The integers are of 64
+bits: of anything that is not a whole number count a smaller unit, cents or microseconds.
 """
 
 from __future__ import annotations
@@ -203,7 +209,7 @@ class TimeSeries(_Counted[Transport, Coalescer], SyncSeries):
         return dict(zip(some, totals, strict=True))
 
     def today(self, key: Id, tz: str | dt.tzinfo = "UTC") -> Total:
-        """Return the sum since midnight in a time zone, such as "America/Recife"."""
+        """Return the sum since midnight in a time zone, as "America/Recife". One round trip."""
         return self._ask(self._today(key, tz))
 
     def range(

@@ -2,12 +2,25 @@
 
     pages = TopSeries("redis://localhost:6379/0", "pages")
     pages.incr("site:1", "/index.html")
-    pages.top("site:1", start, end, n=10)                   # Top: (member, count), and its error
+    pages.incr("site:1", "/big.iso", 4_700_000)             # weights: bytes, cents, seconds
+    found = pages.top("site:1", start, end, n=10)           # Top: (member, count), heaviest first
+    found.total, found.error
 
 A bucket counts all members while they are few: up to 200. With more it keeps the heaviest 100 (or
 `keep`): Misra and Gries' summary. A count is then too low by `Top.error` at most, which is never
 more than the sum of all amounts divided by 101; so whoever is heavier than that is there. Summaries
-add up with their errors, so that holds for any range. Keys: see commands.py; a key has one bucket.
+add up with their errors, so that holds for any range. The order of two members whose counts differ
+by less than the error is not known.
+
+A larger `keep` makes errors smaller, buckets larger, and the write that prunes one longer;
+everybody who writes must say the same. Amounts are positive, for what was cut off cannot be taken
+back, and what a `delete` leaves is as exact as the finer buckets it is made of. There is no
+`range`: ask for the `top` of each.
+
+Keys: see commands.py; a key has one bucket, a hash: a field per member, and one with the sum of all
+amounts and the error (series_top.lua).
+
+Misra, Gries, "Finding repeated elements", 1982; Agarwal and others, "Mergeable summaries", 2012.
 """
 
 from __future__ import annotations
