@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import datetime as dt
 import html
 import io
+import pickle
 import re
 import subprocess
 import sys
@@ -24,7 +26,7 @@ from matplotlib import image, rcParams
 
 from redishacks.errors import UsageError
 from redishacks.testing import Server
-from redishacks.timeseries import Series, TimeSeries
+from redishacks.timeseries import Series, TimeSeries, Total
 from redishacks.timeseries.points import Number
 
 #: A moment at which a day begins, in UTC.
@@ -381,3 +383,11 @@ def test_a_day_to_numpy_is_quick() -> None:
         return time.perf_counter() - began
 
     assert min(once() for _ in range(50)) < 0.001
+
+
+def test_totals_are_copied_and_pickled() -> None:
+    """A total goes to another process with all that it says."""
+    total = Total(5, 10, 20, 10, False, 0.01)
+    for other in (copy.copy(total), copy.deepcopy(total), pickle.loads(pickle.dumps(total))):
+        assert vars(other) == vars(total)
+        assert other == total

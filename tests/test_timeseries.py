@@ -440,6 +440,13 @@ def test_a_clock_that_is_wrong(
     assert TimeSeries(url, "hits", prefix=prefix).sum("a", now - 30, now + 30) == 15
 
 
+@pytest.mark.parametrize(("off", "at"), [(-0.4, 1000), (0.4, 1000), (-3600.2, -2600)])
+def test_the_way_to_a_server_is_no_wrong_clock(series: TimeSeries, off: float, at: int) -> None:
+    """A part of a second puts no hit into the bucket before, or after."""
+    series.layout.off = off
+    assert series.layout.uncounted(b"~1000:1:a", (1,)).time == at
+
+
 def test_points_that_are_yet_to_come(series: TimeSeries) -> None:
     """They have no value; the one that is running is partial."""
     series.incr("a", 3)

@@ -593,3 +593,20 @@ def test_rights_that_are_missing(valkey: Server, prefix: str) -> None:
             user.close()
         finally:
             admin.execute_command("ACL", "DELUSER", prefix)
+
+
+def test_a_node_that_may_not_be_asked(cluster: Cluster, prefix: str) -> None:
+    """Without the right to ask nodes which they are `keys` raises; it leaves none out."""
+    with contextlib.ExitStack() as stack:
+        for node in cluster.nodes:
+            admin = stack.enter_context(node.client())
+            words = "reset", "on", ">p", "~*", "+@all", "-cluster|myid"
+            admin.execute_command("ACL", "SETUSER", prefix, *words)
+            stack.callback(admin.execute_command, "ACL", "DELUSER", prefix)
+        host, port = cluster.startup_nodes[0]
+        user = redis.RedisCluster(host=host, port=port, username=prefix, password="p")
+        series = TimeSeries(user, "hits", prefix=prefix, deadline=5)
+        series.incr_many([(f"k{n}", 1) for n in range(40)])
+        with pytest.raises(ServerError, match="NOPERM"):
+            list(series.keys())
+        user.close()

@@ -416,6 +416,18 @@ def test_gauges_are_written_out_as_people_know_them(server: Server, prefix: str)
     assert (row["last"], row["sum"], row["count"]) == ("1.25", "1.25", 1)
 
 
+def test_one_text_is_no_lines(server: Server, prefix: str) -> None:
+    """A text or a name where many are meant is refused, not taken letter by letter."""
+    series = TimeSeries(server.url, "hits", prefix=prefix)
+    series.incr("project:42")
+    text = "\n".join(series.export())
+    with pytest.raises(UsageError, match="lines"):
+        series.import_(text)
+    with pytest.raises(UsageError, match="several series"):
+        list(series.export("project:42"))
+    assert series.import_(["", *text.splitlines(), ""]) == 5
+
+
 # Listed
 
 
@@ -458,6 +470,7 @@ def test_a_resolution_is_added_while_all_goes_on(server: Server) -> None:
     hits(series, old)
     since = series.add_resolution((DAY, 30 * DAY))
     assert since >= series.clock + 120
+    assert series.add_resolution((DAY, 30 * DAY)) == since
     assert since % DAY == 0
     assert [rung.step for rung in series.layout.rungs] == [10, HOUR, DAY]
     assert series.add_resolution((MINUTE, HOUR)) % HOUR == 0
@@ -498,7 +511,7 @@ def test_a_writer_that_slept_does_not_miss_a_new_resolution(server: Server) -> N
     ("resolution", "message"),
     [
         ((7, DAY), "does not divide"),
-        ((HOUR, 3 * DAY), "does not divide"),
+        ((HOUR, 3 * DAY), "3600 s are there, and kept for 172800 s"),
         ((MINUTE, 9 * DAY), "coarser is kept for as long"),
         ((7 * DAY, 40 * DAY), "does not fit in"),
         ((MINUTE, 100), "coarser is kept for as long|does not fit in"),

@@ -13,7 +13,7 @@ from redishacks._linger import AsyncCoalescer, AsyncLingering, Coalescer, Linger
 from redishacks._transport import Hook, connect, connect_async
 from redishacks._units import Instant, Seconds
 from redishacks.timeseries._contents import Scan
-from redishacks.timeseries._core import Core, Draft
+from redishacks.timeseries._core import Core, Draft, several
 from redishacks.timeseries._delete import delete
 from redishacks.timeseries._grow import add_resolution
 from redishacks.timeseries._merge import merge
@@ -99,7 +99,7 @@ class SyncSeries(Lingering, Core[Transport, Coalescer]):
         percent-encoded where they are no plain text. A round trip for a thousand keys.
         """
         writer = Writer(format)
-        for key in self.keys() if keys is None else keys:
+        for key in self.keys() if keys is None else several(keys):
             yield from writer.lines(self._ask(rows_of(self.layout, key)))
 
     def import_(self, lines: Iterable[str], *, token: str | None = None) -> int:
@@ -170,7 +170,7 @@ class AsyncSeries(AsyncLingering, Core[AsyncTransport, AsyncCoalescer]):
     ) -> AsyncIterator[str]:
         """Write series out, as `SyncSeries.export`."""
         writer = Writer(format)
-        some = [key async for key in self.keys()] if keys is None else keys
+        some = [key async for key in self.keys()] if keys is None else several(keys)
         for key in some:
             for line in writer.lines(await self._ask(rows_of(self.layout, key))):
                 yield line

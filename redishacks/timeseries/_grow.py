@@ -15,6 +15,11 @@ def add_resolution(
     """Note down a resolution; returns since when its buckets are whole."""
     yield from layout.agree()
     old = {rung.step: rung for rung in layout.rungs}
+    (asked,) = ladder([resolution])
+    if (there := old.get(asked.step)) is not None:
+        if there.retention != asked.retention:
+            raise UsageError(f"{there.step} s are there, and kept for {there.retention} s")
+        return there.since
     pairs = [(rung.step, rung.retention) for rung in layout.rungs]
     made = ladder([*pairs, resolution], packed=layout.kind.packed)
     (at,) = [at for at, rung in enumerate(made) if rung.step not in old]

@@ -63,8 +63,9 @@ class Batcher(Layout):
     def _hit(self, label: bytes, amounts: Sequence[Any]) -> Hit:
         stamp, key, member = self._parsed(label)
         if stamp.startswith(b"~"):  # by a clock that was not the server's
-            off = self.off
-            when, noted = int(int(stamp[1:]) + off), self.kind.later(tuple(amounts), off)
+            # A part of a second is the way to the server, and no reason to be in another bucket.
+            off = round(self.off)
+            when, noted = int(stamp[1:]) + off, self.kind.later(tuple(amounts), off)
             return Hit(key, when, noted, member)
         return Hit(key, int(stamp), tuple(amounts), member)
 

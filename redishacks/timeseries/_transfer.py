@@ -130,8 +130,10 @@ def _joined(values: Iterable[Any]) -> str:
 
 def read(lines: Iterable[str]) -> Iterator[Row]:
     """Return the rows of lines, JSON or CSV; raises `UsageError`."""
+    if isinstance(lines, str):
+        raise UsageError("what is read in is lines, not one text: text.splitlines()")
     some = iter(lines)
-    first = next(some, None)
+    first = next((line for line in some if line.strip()), None)
     if first is None:
         return
     if not first.lstrip().startswith("{"):

@@ -395,7 +395,10 @@ class Layout:
             Command(("CLUSTER", "MYID"), (meta,), repeatable=True) for meta in metas
         ]
         outcomes = yield from ask_all(asked)
-        if any(isinstance(outcome.error, ServerError) for outcome in outcomes):
+        if any(
+            isinstance(outcome.error, ServerError) and "NOPERM" not in str(outcome.error)
+            for outcome in outcomes
+        ):
             return metas[:1]  # it is no cluster
         return list(
             {outcome.result(): meta for outcome, meta in zip(outcomes, metas, strict=True)}.values()

@@ -58,6 +58,9 @@ class Total(int):
         made.start, made.end, made.resolution, made.complete = start, end, resolution, complete
         return made
 
+    def __getnewargs__(self) -> tuple[int, int, int, int, bool, float]:  # type: ignore[override]
+        return int(self), self.start, self.end, self.resolution, self.complete, self.error
+
     def __repr__(self) -> str:
         about = "" if self.complete else ", not complete"
         return f"<Total {int(self)} from {self.start} to {self.end}{about}>"
