@@ -34,7 +34,18 @@ from redishacks.ratelimit import (
     RateLimiter,
 )
 from redishacks.sinks import AsyncPostgresSink, PostgresSink, SQLiteSink
-from redishacks.timeseries import AsyncTimeSeries, TimeSeries
+from redishacks.timeseries import (
+    AsyncDistinctSeries,
+    AsyncGaugeSeries,
+    AsyncLatencySeries,
+    AsyncTimeSeries,
+    AsyncTopSeries,
+    DistinctSeries,
+    GaugeSeries,
+    LatencySeries,
+    TimeSeries,
+    TopSeries,
+)
 
 PACKAGE = Path(__file__).parents[1] / "redishacks"
 
@@ -66,6 +77,10 @@ PAIRS = [
     (MultiLock, AsyncMultiLock),
     (MultiHeld, AsyncMultiHeld),
     (TimeSeries, AsyncTimeSeries),
+    (DistinctSeries, AsyncDistinctSeries),
+    (GaugeSeries, AsyncGaugeSeries),
+    (LatencySeries, AsyncLatencySeries),
+    (TopSeries, AsyncTopSeries),
 ]
 
 

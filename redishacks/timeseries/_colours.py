@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
 from redishacks._buffer import Buffer
@@ -57,6 +57,13 @@ class SyncSeries(Lingering, Core[Transport, Coalescer]):
 
     def _ask(self, steps: Steps[R]) -> R:
         return drive(steps, self.transport, self.deadline)
+
+    def _ask_each(
+        self, keys: Iterable[Id], steps: Callable[[list[Id]], Steps[list[R]]]
+    ) -> dict[Id, R]:
+        """Return what steps tell of several series."""
+        some = several(keys)
+        return dict(zip(some, self._ask(steps(some)), strict=True))
 
     def explain(self, key: Id, start: Instant, end: Instant | None = None) -> Plan:
         """Return what is read for a range: which buckets of which resolution, how many bytes."""
@@ -145,6 +152,13 @@ class AsyncSeries(AsyncLingering, Core[AsyncTransport, AsyncCoalescer]):
 
     async def _ask(self, steps: Steps[R]) -> R:
         return await drive_async(steps, self.transport, self.deadline)
+
+    async def _ask_each(
+        self, keys: Iterable[Id], steps: Callable[[list[Id]], Steps[list[R]]]
+    ) -> dict[Id, R]:
+        """Return what steps tell of several series."""
+        some = several(keys)
+        return dict(zip(some, await self._ask(steps(some)), strict=True))
 
     async def explain(self, key: Id, start: Instant, end: Instant | None = None) -> Plan:
         """Return what is read for a range, as `SyncSeries.explain`."""

@@ -252,9 +252,9 @@ class DistinctSeries(_Seen[Transport, Coalescer], SyncSeries):
         strict: bool = False,
     ) -> dict[Id, Total]:
         """Return those of many series, each by itself. One round trip (per node of a cluster)."""
-        some = several(keys)
-        totals = self._ask(self._counts([[key] for key in some], start, end, strict))
-        return dict(zip(some, totals, strict=True))
+        return self._ask_each(
+            keys, lambda some: self._counts([[key] for key in some], start, end, strict)
+        )
 
     def union(
         self,
@@ -311,9 +311,9 @@ class AsyncDistinctSeries(_Seen[AsyncTransport, AsyncCoalescer], AsyncSeries):
         strict: bool = False,
     ) -> dict[Id, Total]:
         """Return those of many series, each by itself, as `DistinctSeries.counts`."""
-        some = several(keys)
-        totals = await self._ask(self._counts([[key] for key in some], start, end, strict))
-        return dict(zip(some, totals, strict=True))
+        return await self._ask_each(
+            keys, lambda some: self._counts([[key] for key in some], start, end, strict)
+        )
 
     async def union(
         self,

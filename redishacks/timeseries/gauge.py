@@ -38,7 +38,7 @@ from redishacks._units import EXACT, Instant, instant
 from redishacks.errors import UsageError
 from redishacks.timeseries import _calendar
 from redishacks.timeseries._colours import AsyncSeries, SyncSeries
-from redishacks.timeseries._core import C, Core, Draft, T, several
+from redishacks.timeseries._core import C, Core, Draft, T
 from redishacks.timeseries._kind import Amounts, Entries, Kind, mget
 from redishacks.timeseries._packing import Bitmap
 from redishacks.timeseries.points import Number, Series
@@ -346,8 +346,7 @@ class GaugeSeries(_Gauged[Transport, Coalescer], SyncSeries):
         strict: bool = False,
     ) -> dict[Id, Gauge]:
         """Return the same of many series. One round trip (per node of a cluster)."""
-        some = several(keys)
-        return dict(zip(some, self._ask(self._reads(some, start, end, strict)), strict=True))
+        return self._ask_each(keys, lambda some: self._reads(some, start, end, strict))
 
     def today(self, key: Id, tz: str | dt.tzinfo = "UTC") -> Gauge:
         """Return the same since midnight in a time zone."""
@@ -388,8 +387,7 @@ class AsyncGaugeSeries(_Gauged[AsyncTransport, AsyncCoalescer], AsyncSeries):
         strict: bool = False,
     ) -> dict[Id, Gauge]:
         """Return the same of many series, as `GaugeSeries.reads`."""
-        some = several(keys)
-        return dict(zip(some, await self._ask(self._reads(some, start, end, strict)), strict=True))
+        return await self._ask_each(keys, lambda some: self._reads(some, start, end, strict))
 
     async def today(self, key: Id, tz: str | dt.tzinfo = "UTC") -> Gauge:
         """Return the same since midnight in a time zone."""

@@ -39,7 +39,7 @@ from redishacks._units import Instant
 from redishacks.errors import UsageError
 from redishacks.timeseries import _calendar
 from redishacks.timeseries._colours import AsyncSeries, SyncSeries
-from redishacks.timeseries._core import C, Core, Draft, T, several
+from redishacks.timeseries._core import C, Core, Draft, T
 from redishacks.timeseries._kind import Amounts, Entries
 from redishacks.timeseries._packing import Packed
 from redishacks.timeseries.plan import Plan
@@ -294,8 +294,7 @@ class LatencySeries(_Recorded[Transport, Coalescer], SyncSeries):
         strict: bool = False,
     ) -> dict[Id, Histogram]:
         """Return those of many series. One round trip (per node of a cluster)."""
-        some = several(keys)
-        return dict(zip(some, self._ask(self._histograms(some, start, end, strict)), strict=True))
+        return self._ask_each(keys, lambda some: self._histograms(some, start, end, strict))
 
     def quantile(
         self, key: Id, q: float, start: Instant, end: Instant | None = None, *,
@@ -349,9 +348,7 @@ class AsyncLatencySeries(_Recorded[AsyncTransport, AsyncCoalescer], AsyncSeries)
         strict: bool = False,
     ) -> dict[Id, Histogram]:
         """Return those of many series, as `LatencySeries.histograms`."""
-        some = several(keys)
-        found = await self._ask(self._histograms(some, start, end, strict))
-        return dict(zip(some, found, strict=True))
+        return await self._ask_each(keys, lambda some: self._histograms(some, start, end, strict))
 
     async def quantile(
         self, key: Id, q: float, start: Instant, end: Instant | None = None, *,

@@ -32,7 +32,7 @@ from redishacks._units import EXACT, Instant
 from redishacks.errors import UsageError
 from redishacks.timeseries import _calendar
 from redishacks.timeseries._colours import AsyncSeries, SyncSeries
-from redishacks.timeseries._core import C, Core, Draft, T, several
+from redishacks.timeseries._core import C, Core, Draft, T
 from redishacks.timeseries._kind import Amounts, Entries, Kind, mget
 from redishacks.timeseries._packing import Packed, spread
 from redishacks.timeseries.plan import Plan
@@ -204,9 +204,7 @@ class TimeSeries(_Counted[Transport, Coalescer], SyncSeries):
         strict: bool = False,
     ) -> dict[Id, Total]:
         """Return the sums of many series, as `sum`. One round trip (per node of a cluster)."""
-        some = several(keys)
-        totals = self._ask(self._sums(some, start, end, strict))
-        return dict(zip(some, totals, strict=True))
+        return self._ask_each(keys, lambda some: self._sums(some, start, end, strict))
 
     def today(self, key: Id, tz: str | dt.tzinfo = "UTC") -> Total:
         """Return the sum since midnight in a time zone, as "America/Recife". One round trip."""
@@ -251,9 +249,7 @@ class AsyncTimeSeries(_Counted[AsyncTransport, AsyncCoalescer], AsyncSeries):
         strict: bool = False,
     ) -> dict[Id, Total]:
         """Return the sums of many series, as `TimeSeries.sums`."""
-        some = several(keys)
-        totals = await self._ask(self._sums(some, start, end, strict))
-        return dict(zip(some, totals, strict=True))
+        return await self._ask_each(keys, lambda some: self._sums(some, start, end, strict))
 
     async def today(self, key: Id, tz: str | dt.tzinfo = "UTC") -> Total:
         """Return the sum since midnight in a time zone, as `TimeSeries.today`."""

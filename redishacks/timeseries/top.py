@@ -40,7 +40,7 @@ from redishacks._linger import AsyncCoalescer, Coalescer
 from redishacks._units import EXACT, Instant
 from redishacks.errors import ServerError, UsageError
 from redishacks.timeseries._colours import AsyncSeries, SyncSeries
-from redishacks.timeseries._core import C, Core, Draft, T, several
+from redishacks.timeseries._core import C, Core, Draft, T
 from redishacks.timeseries._kind import Amounts, Entries, Kind
 from redishacks.timeseries.resolution import COARSE, Rung
 
@@ -264,8 +264,7 @@ class TopSeries(_Ranked[Transport, Coalescer], SyncSeries):
         strict: bool = False,
     ) -> dict[Id, Top]:  # fmt: skip
         """Return those of many series. One round trip (per node of a cluster)."""
-        some = several(keys)
-        return dict(zip(some, self._ask(self._tops(some, start, end, n, strict)), strict=True))
+        return self._ask_each(keys, lambda some: self._tops(some, start, end, n, strict))
 
     def today(self, key: Id, tz: str | dt.tzinfo = "UTC", *, n: int = 10) -> Top:
         """Return the heaviest members since midnight in a time zone."""
@@ -298,9 +297,7 @@ class AsyncTopSeries(_Ranked[AsyncTransport, AsyncCoalescer], AsyncSeries):
         strict: bool = False,
     ) -> dict[Id, Top]:  # fmt: skip
         """Return those of many series, as `TopSeries.tops`."""
-        some = several(keys)
-        tops = await self._ask(self._tops(some, start, end, n, strict))
-        return dict(zip(some, tops, strict=True))
+        return await self._ask_each(keys, lambda some: self._tops(some, start, end, n, strict))
 
     async def today(self, key: Id, tz: str | dt.tzinfo = "UTC", *, n: int = 10) -> Top:
         """Return the heaviest members since midnight in a time zone."""
