@@ -1,0 +1,101 @@
+"""The time series of the demonstration: hits, bytes, clients and pages by the log's own times.
+
+    times = Times(redis, prefix)
+    times.add(traffic, 0, 1000)
+    times.shown(traffic)                 # Shown: what is drawn in the end
+
+They are written by the process that replays, which nobody kills, and each write is acknowledged: so
+they have to equal a plain count. Logs may be old: all is kept for 30 years here.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from typing import NamedTuple
+
+from redishacks.demo.traffic import Traffic
+from redishacks.timeseries import DistinctSeries, Series, TimeSeries, Top, TopSeries, Total
+
+_HOUR, _DAY = 3600, 86_400
+#: Seconds for which the demonstration keeps everything; the library's own defaults are shorter.
+YEARS = 30
+_KEPT = YEARS * 365 * _DAY
+_FINE = [(10, _KEPT), (_HOUR, _KEPT), (_DAY, _KEPT)]
+_COARSE = [(_HOUR, _KEPT), (_DAY, _KEPT)]
+#: Of a range longer than this days are drawn.
+_LONG = 40 * _DAY
+
+
+class Shown(NamedTuple):
+    """What the series say in the end."""
+
+    #: Per hour, or per day where the log is long.
+    step: int
+    hits: Series
+    bytes: Series
+    clients: Series
+    total_hits: Total
+    total_bytes: Total
+    total_clients: Total
+    #: The hour with most hits: hits per 10 s, and the pages.
+    busiest: Series
+    top: Top
+    #: Hours whose hits or bytes are not those of a plain count; none, or something is broken.
+    wrong_hours: list[int]
+
+
+class Times:
+    """The series, under a prefix of their own."""
+
+    def __init__(self, redis: str, prefix: str) -> None:
+        self._sums = TimeSeries(redis, "traffic", resolutions=_FINE, prefix=prefix)
+        self._clients = DistinctSeries(redis, "clients", resolutions=_COARSE, prefix=prefix)
+        self._pages = TopSeries(redis, "pages", resolutions=_COARSE, prefix=prefix)
+        now = int(time.time())
+        self._since, self._until = now - _KEPT, now
+        #: Hits that are not in the series, for they are older, or in the future.
+        self.left_out = 0
+
+    def _kept(self, at: int) -> bool:
+        return self._since < at <= self._until
+
+    def add(self, traffic: Traffic, first: int, last: int) -> None:
+        """Count hits from the first to before the last; Redis has them then."""
+        hits = [hit for hit in traffic.hits(first, last) if self._kept(hit.time)]
+        self.left_out += last - first - len(hits)
+        self._sums.incr_many([("hits", 1, hit.time) for hit in hits])
+        self._sums.incr_many([("bytes", hit.size, hit.time) for hit in hits])
+        self._clients.add_many([("site", hit.client, hit.time) for hit in hits])
+        self._pages.incr_many([("site", hit.target, 1, hit.time) for hit in hits])
+
+    def shown(self, traffic: Traffic) -> Shown | None:
+        """Read everything, and compare it with a plain count; None when all was left out."""
+        hits: Counter[int] = Counter()
+        sizes: Counter[int] = Counter()
+        for at, size in zip(traffic.times, traffic.sizes, strict=True):
+            if self._kept(at):
+                hits[at // _HOUR * _HOUR] += 1
+                sizes[at // _HOUR * _HOUR] += size
+        if not hits:
+            return None
+        start, end = min(hits), max(hits) + _HOUR
+        hourly = self._sums.range("hits", start, end, step=_HOUR)
+        hourly_bytes = self._sums.range("bytes", start, end, step=_HOUR)
+        wrong = {at for at, value in hourly if value != hits[at]}
+        wrong |= {at for at, value in hourly_bytes if value != sizes[at]}
+        step = _DAY if end - start > _LONG else _HOUR
+        _, busiest = max((value or 0, -at) for at, value in hourly)
+        first = -int(busiest)
+        return Shown(
+            step,
+            hourly if step == _HOUR else self._sums.range("hits", start, end, step=step),
+            hourly_bytes if step == _HOUR else self._sums.range("bytes", start, end, step=step),
+            self._clients.range("site", start, end, step=step),
+            self._sums.sum("hits", start, end),
+            self._sums.sum("bytes", start, end),
+            self._clients.count("site", start, end),
+            self._sums.range("hits", first, first + _HOUR, step=10),
+            self._pages.top("site", first, first + _HOUR, n=5),
+            sorted(wrong),
+        )
