@@ -21,8 +21,8 @@ _HOUR, _DAY = 3600, 86_400
 #: Seconds for which the demonstration keeps everything; the library's own defaults are shorter.
 YEARS = 30
 _KEPT = YEARS * 365 * _DAY
-_FINE = [(10, _KEPT), (_HOUR, _KEPT), (_DAY, _KEPT)]
-_COARSE = [(_HOUR, _KEPT), (_DAY, _KEPT)]
+_FINE = [(10, _KEPT), (_HOUR, _KEPT)]
+_COARSE = [(_HOUR, _KEPT)]
 #: Of a range longer than this days are drawn.
 _LONG = 40 * _DAY
 
