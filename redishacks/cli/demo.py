@@ -19,7 +19,7 @@ from redishacks._words import many
 from redishacks.cli import chart, show, when
 from redishacks.cli.ending import EXIT_CODES, Exit, masked
 from redishacks.demo.replay import Audience, Options, Outcome, play
-from redishacks.demo.times import YEARS, Shown
+from redishacks.demo.times import SPAN_YEARS, YEARS, Shown
 from redishacks.demo.traffic import Traffic, made_up, read_log
 from redishacks.timeseries import Series, Total
 
@@ -169,8 +169,8 @@ def _print(outcome: Outcome, traffic: Traffic, out: Console) -> None:
     if outcome.series is not None:
         _print_series(outcome.series, out)
     if outcome.left_out:
-        years = f"not of the last {YEARS} years"
-        out.print(f"not in the time series: {many(outcome.left_out, 'hit')} {years}")
+        why = f"in the future, over {YEARS} years old, or over {SPAN_YEARS} before the last"
+        out.print(f"not in the time series: {many(outcome.left_out, 'hit')}, {why}")
     show.facts("Ten most seen pages", [(f"{n:,}", show.printable(p)) for p, n in outcome.top], out)
     rows = [
         ("hits sent", f"{outcome.hits_sent:,} on {many(outcome.pages_sent, 'page')}"),
@@ -210,7 +210,7 @@ def _print_series(shown: Shown, out: Console) -> None:
     ]  # fmt: skip
     bars = max(8, min(_BARS, columns - 60))
     rows = [(name, f"{_line(points, bars, out)}  {said}") for name, points, said in lines]
-    show.facts("Time series, kept by the times of the log", rows, out)
+    show.facts(f"Time series by the times of the log, kept for {YEARS} years here", rows, out)
     exact = "exactly" if not shown.top.error else f"each up to {shown.top.error:,} too low"
     began = when.shown(shown.busiest.times[0], dt.UTC)
     pages = [(f"{n:,}", show.printable(page)) for page, n in shown.top]

@@ -148,7 +148,7 @@ def play(options: Options, traffic: Traffic, audience: Audience) -> Outcome:
         stack.callback(_quietly, counter.close, audience)
         table.sink.create_ledger()
         order = Order(redis, name, sql, name)
-        return _Play(counter, Times(redis, name), traffic, table, order, audience).run()
+        return _Play(counter, Times(redis, name, traffic), table, order, audience).run(traffic)
 
 
 class _Play:
@@ -156,14 +156,12 @@ class _Play:
         self,
         counter: BufferedCounter,
         times: Times,
-        traffic: Traffic,
         table: Table,
         order: Order,
         audience: Audience,
     ) -> None:
         self._counter = counter
         self._times = times
-        self._traffic = traffic
         #: How many hits the counter has been told of, and the time series.
         self._counted = self._entered = 0
         self._table = table
@@ -172,9 +170,9 @@ class _Play:
         self._audience = audience
         self._flushes: list[FlushReport] = []
 
-    def run(self) -> Outcome:
+    def run(self, traffic: Traffic) -> Outcome:
         """Play it."""
-        hits = self._traffic.targets
+        hits = traffic.targets
         total = len(hits)
         # Something is measured and something is left to kill a flusher over, however short the log.
         first = -(-total * 2 // 5)
@@ -208,7 +206,7 @@ class _Play:
             top=sorted(rows.items(), key=lambda row: (-row[1], row[0]))[:10],
             killed=killed,
             flushes=self._flushes,
-            series=self._times.shown(self._traffic),
+            series=self._times.shown(),
             left_out=self._times.left_out,
         )
 
@@ -224,7 +222,7 @@ class _Play:
     def _enter(self) -> None:
         """Count some hits in the time series too, of those that the counter has."""
         last = min(self._entered + _SLICE, self._counted)
-        self._times.add(self._traffic, self._entered, last)
+        self._times.add(self._entered, last)
         self._audience.count(last - self._entered)
         self._audience.go_on()
         self._entered = last

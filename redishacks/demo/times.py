@@ -1,8 +1,8 @@
 """The time series of the demonstration: hits, bytes, clients and pages by the log's own times.
 
-    times = Times(redis, prefix)
-    times.add(traffic, 0, 1000)
-    times.shown(traffic)                 # Shown: what is drawn in the end
+    times = Times(redis, prefix, traffic)
+    times.add(0, 1000)
+    times.shown()                        # Shown: what is drawn in the end
 
 They are written by the process that replays, which nobody kills, and each write is acknowledged: so
 they have to equal a plain count. Logs may be old: all is kept for 30 years here.
@@ -22,7 +22,10 @@ _HOUR, _DAY = 3600, 86_400
 YEARS = 30
 _KEPT = YEARS * 365 * _DAY
 _FINE = [(10, _KEPT), (_HOUR, _KEPT)]
-_COARSE = [(_HOUR, _KEPT)]
+_COARSE = [(_HOUR, _KEPT), (_DAY, _KEPT)]
+#: What is older than the last hit by more is left out: a range has 100,000 points at most.
+SPAN_YEARS = 10
+_SPAN = SPAN_YEARS * 365 * _DAY
 #: Of a range longer than this days are drawn.
 _LONG = 40 * _DAY
 
@@ -48,32 +51,35 @@ class Shown(NamedTuple):
 class Times:
     """The series, under a prefix of their own."""
 
-    def __init__(self, redis: str, prefix: str) -> None:
+    def __init__(self, redis: str, prefix: str, traffic: Traffic) -> None:
         self._sums = TimeSeries(redis, "traffic", resolutions=_FINE, prefix=prefix)
         self._clients = DistinctSeries(redis, "clients", resolutions=_COARSE, prefix=prefix)
         self._pages = TopSeries(redis, "pages", resolutions=_COARSE, prefix=prefix)
-        now = int(time.time())
-        self._since, self._until = now - _KEPT, now
-        #: Hits that are not in the series, for they are older, or in the future.
+        self._traffic = traffic
+        self._until = int(time.time())
+        last = max((at for at in traffic.times if at <= self._until), default=0)
+        # A day is to spare: none may expire meanwhile.
+        self._since = max(self._until - _KEPT + _DAY, last - _SPAN)
+        #: How many hits are not in the series: they are too old, or in the future.
         self.left_out = 0
 
     def _kept(self, at: int) -> bool:
         return self._since < at <= self._until
 
-    def add(self, traffic: Traffic, first: int, last: int) -> None:
+    def add(self, first: int, last: int) -> None:
         """Count hits from the first to before the last; Redis has them then."""
-        hits = [hit for hit in traffic.hits(first, last) if self._kept(hit.time)]
+        hits = [hit for hit in self._traffic.hits(first, last) if self._kept(hit.time)]
         self.left_out += last - first - len(hits)
         self._sums.incr_many([("hits", 1, hit.time) for hit in hits])
         self._sums.incr_many([("bytes", hit.size, hit.time) for hit in hits])
         self._clients.add_many([("site", hit.client, hit.time) for hit in hits])
         self._pages.incr_many([("site", hit.target, 1, hit.time) for hit in hits])
 
-    def shown(self, traffic: Traffic) -> Shown | None:
+    def shown(self) -> Shown | None:
         """Read everything, and compare it with a plain count; None when all was left out."""
         hits: Counter[int] = Counter()
         sizes: Counter[int] = Counter()
-        for at, size in zip(traffic.times, traffic.sizes, strict=True):
+        for at, size in zip(self._traffic.times, self._traffic.sizes, strict=True):
             if self._kept(at):
                 hits[at // _HOUR * _HOUR] += 1
                 sizes[at // _HOUR * _HOUR] += size
@@ -85,8 +91,7 @@ class Times:
         wrong = {at for at, value in hourly if value != hits[at]}
         wrong |= {at for at, value in hourly_bytes if value != sizes[at]}
         step = _DAY if end - start > _LONG else _HOUR
-        _, busiest = max((value or 0, -at) for at, value in hourly)
-        first = -int(busiest)
+        first = max(hits, key=lambda at: (hits[at], -at))
         return Shown(
             step,
             hourly if step == _HOUR else self._sums.range("hits", start, end, step=step),
