@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from redishacks.demo.traffic import Traffic
 from redishacks.timeseries import DistinctSeries, Series, TimeSeries, Top, TopSeries, Total
@@ -28,6 +28,8 @@ SPAN_YEARS = 10
 _SPAN = SPAN_YEARS * 365 * _DAY
 #: Of a range longer than this days are drawn.
 _LONG = 40 * _DAY
+#: Seconds within which Redis answers: a busy machine shall not end the play.
+_DEADLINE = 10.0
 
 
 class Shown(NamedTuple):
@@ -52,9 +54,10 @@ class Times:
     """The series, under a prefix of their own."""
 
     def __init__(self, redis: str, prefix: str, traffic: Traffic) -> None:
-        self._sums = TimeSeries(redis, "traffic", resolutions=_FINE, prefix=prefix)
-        self._clients = DistinctSeries(redis, "clients", resolutions=_COARSE, prefix=prefix)
-        self._pages = TopSeries(redis, "pages", resolutions=_COARSE, prefix=prefix)
+        options: dict[str, Any] = {"prefix": prefix, "deadline": _DEADLINE}
+        self._sums = TimeSeries(redis, "traffic", resolutions=_FINE, **options)
+        self._clients = DistinctSeries(redis, "clients", resolutions=_COARSE, **options)
+        self._pages = TopSeries(redis, "pages", resolutions=_COARSE, **options)
         self._traffic = traffic
         self._until = int(time.time())
         last = max((at for at in traffic.times if at <= self._until), default=0)
