@@ -219,6 +219,10 @@ def same_as_counted(series: dict[str, Any], hits: list[Hit]) -> None:
     within = [hit for hit in hits if begins <= hit.time < begins + 3600]
     fine = Counter(hit.time // 10 * 10 for hit in within)
     assert series["busiest"] == [[at, fine[at]] for at in range(begins, begins + 3600, 10)]
+    fine = Counter()
+    for hit in within:
+        fine[hit.time // 10 * 10] += hit.size
+    assert series["busiest_bytes"] == [[at, fine[at]] for at, _ in series["busiest"]]
     pages = Counter(hit.target for hit in within)
     lacks = series["error_of_top"]
     assert len(series["top"]) == min(5, len(pages))
@@ -292,11 +296,12 @@ def test_what_is_drawn(tmp_path: Path) -> None:
     assert drawn[0] == "Hits per hour, 2015-05-17 10:00:00 to 2015-05-17 14:00:00 (UTC)"
     assert drawn[1].startswith("6 ┤")
     assert max(map(len, drawn)) <= 70
-    assert drawn[-4:] == [
+    assert drawn[-5:] == [
         "Time series by the times of the log, kept for 30 years here",
         "  bytes per hour    ▃  █  136",
         "  clients per hour  █  █  2 different ones, to 0.81%",
         "  hits per 10 s     █           6 in the busiest hour",
+        "  bytes per 10 s    █           102",
     ]
     assert "from 2015-05-17 13:00:00 (exactly)\n  6  /a\n" in done.stdout
     agree = "Time series and a plain count agree, hits and bytes of every hour.\n"

@@ -23,10 +23,11 @@ from redishacks.demo.times import SPAN_YEARS, YEARS, Shown
 from redishacks.demo.traffic import Traffic, made_up, read_log
 from redishacks.timeseries import Series, Total
 
-_HITS = 200_000
+_HITS = 100_000
 #: Rows of the chart, and the most bars of a line.
 _ROWS = 6
 _BARS = 60
+_POINTS = ("hits", "bytes", "clients", "busiest", "busiest_bytes")
 
 
 @click.command(epilog=EXIT_CODES)
@@ -159,7 +160,7 @@ def _series_as_json(shown: Shown) -> dict[str, Any]:
     top = [{"page": page, "hits": hits} for page, hits in shown.top]
     return {
         **shown._asdict(),
-        **{name: list(getattr(shown, name)) for name in ("hits", "bytes", "clients", "busiest")},
+        **{name: list(getattr(shown, name)) for name in _POINTS},
         "error_of_clients": shown.total_clients.error,
         "top": top, "error_of_top": shown.top.error,
     }  # fmt: skip
@@ -207,6 +208,7 @@ def _print_series(shown: Shown, out: Console) -> None:
             f"{shown.total_clients:,} different ones, to {shown.total_clients.error:.2%}",
         ),
         ("hits per 10 s", shown.busiest, f"{shown.busiest.sum():,} in the busiest hour"),
+        ("bytes per 10 s", shown.busiest_bytes, f"{shown.busiest_bytes.sum():,}"),
     ]  # fmt: skip
     bars = max(8, min(_BARS, columns - 60))
     rows = [(name, f"{_line(points, bars, out)}  {said}") for name, points, said in lines]

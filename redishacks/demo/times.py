@@ -43,8 +43,9 @@ class Shown(NamedTuple):
     total_hits: Total
     total_bytes: Total
     total_clients: Total
-    #: The hour with most hits: hits per 10 s, and the pages.
+    #: The hour with most hits: hits and bytes per 10 s, and the pages.
     busiest: Series
+    busiest_bytes: Series
     top: Top
     #: Hours whose hits or bytes are not those of a plain count; none, or something is broken.
     wrong_hours: list[int]
@@ -104,6 +105,7 @@ class Times:
             self._sums.sum("bytes", start, end),
             self._clients.count("site", start, end),
             self._sums.range("hits", first, first + _HOUR, step=10),
+            self._sums.range("bytes", first, first + _HOUR, step=10),
             self._pages.top("site", first, first + _HOUR, n=5),
             sorted(wrong),
         )
