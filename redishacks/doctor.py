@@ -3,16 +3,16 @@
     for finding in examine(job):
         print(finding.level, finding.what, finding.why, finding.do)
 
-It only reads: Redis' INFO, CONFIG GET save and the state of the counter, and in SQL what a flush
-would look at before it claims. The judgements are functions of what was read, without I/O. The
-command line's `redishacks doctor` prints them.
+It only reads: Redis' INFO, two settings, the state of the counter and whether there are time series
+beside it, and in SQL what a flush would look at before it claims. The judgements are functions of
+what was read, without I/O. The command line's `redishacks doctor` prints them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from enum import StrEnum
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from redishacks._command import Command
 from redishacks._drive import drive
@@ -31,12 +31,21 @@ LATE = 600.0
 
 _OLDEST = (6, 2)
 
+#: Keys of time series, and in how many thousands of keys we look for one.
+_SERIES = "*:t1:{*}:s:*"
+_PAGES = 10
+#: Fields of a TopSeries' bucket at most: 200 members, one more before they are cut, and their sum.
+_TOP_FIELDS = 202
+
+
+T = TypeVar("T")
+
 
 class Level(StrEnum):
     """How bad a finding is."""
 
     FINE = "fine"
-    #: Cannot hurt redishacks itself; worth knowing.
+    #: Loses no hit that is on its way to SQL; worth knowing.
     WARNING = "warning"
     WRONG = "wrong"
     #: It could not be looked at.
@@ -59,6 +68,10 @@ class ServerFacts(NamedTuple):
     info: Mapping[str, str]
     #: When it writes RDB snapshots; None when it does not tell.
     save: str | None
+    #: Whether keys of time series were seen; None when it does not tell.
+    series: bool | None = None
+    #: How many fields a hash may have that is kept compact; None when it does not tell.
+    hash_entries: int | None = None
 
 
 def examine(job: FlushJob) -> list[Finding]:
@@ -122,16 +135,41 @@ def _servers(job: FlushJob, states: Sequence[State]) -> list[ServerFacts]:
         info = _say(job, Command(("INFO",), key, _info, repeatable=True, bulk=True))
         name = info.get("run_id", "")
         if name not in found:
-            ask_save = Command(("CONFIG", "GET", "save"), key, _setting, repeatable=True)
-            try:
-                save = _say(job, ask_save)
-            except ServerError:  # no right to ask, as on many managed servers
-                save = None
-            found[name] = ServerFacts(info, save)
+            save = _configured(job, key, "save")
+            # Its name has a ziplist in it before Redis 7, and both names work since.
+            entries = _configured(job, key, "hash-max-*-entries")
+            found[name] = ServerFacts(
+                info, save, _has_series(job, key), None if entries is None else int(entries)
+            )
     return list(found.values())
 
 
-def _say(job: FlushJob, command: Command[Any]) -> Any:
+def _configured(job: FlushJob, key: tuple[bytes, ...], name: str) -> str | None:
+    try:
+        return _say(job, Command(("CONFIG", "GET", name), key, _setting, repeatable=True))
+    except ServerError:  # no right to ask, as on many managed servers
+        return None
+
+
+def _has_series(job: FlushJob, key: tuple[bytes, ...]) -> bool | None:
+    """Look for keys of time series on a server: in some thousands of keys, not in millions."""
+
+    def page(reply: Any) -> tuple[bytes, bool]:
+        return reply[0], bool(reply[1])
+
+    cursor = b"0"
+    try:
+        for _ in range(_PAGES):
+            words = ("SCAN", cursor, "MATCH", _SERIES, "COUNT", "1000")
+            cursor, seen = _say(job, Command(words, key, page, repeatable=True, bulk=True))
+            if seen or cursor == b"0":
+                return seen
+    except ServerError:
+        return None
+    return False
+
+
+def _say(job: FlushJob, command: Command[T]) -> T:
     return job.counter.transport.call(command, job.counter.deadline)
 
 
@@ -208,9 +246,12 @@ def judge_client(retries: int) -> list[Finding]:
 
 
 def judge_server(facts: ServerFacts) -> list[Finding]:
-    """Judge a server's version, eviction and persistence."""
+    """Judge a server's version, eviction and persistence, and whether it suits time series."""
     info = facts.info
-    return [_version(info), _eviction(info), _persistence(info, facts.save)]
+    found = [_version(info), _eviction(info), _persistence(info, facts.save)]
+    if facts.series:
+        found += [_series_eviction(info), _series_memory(facts.hash_entries)]
+    return found
 
 
 def _version(info: Mapping[str, str]) -> Finding:
@@ -244,6 +285,38 @@ def _eviction(info: Mapping[str, str]) -> Finding:
         "when memory is short, Redis drops pending hits as if they were cached copies",
         "CONFIG SET maxmemory-policy noeviction (or volatile-lru, which spares keys without a "
         "TTL), or keep counters on a server of their own",
+    )
+
+
+def _series_eviction(info: Mapping[str, str]) -> Finding:
+    policy = info.get("maxmemory_policy", "noeviction")
+    if policy == "noeviction" or info.get("maxmemory", "0") == "0":
+        return Finding("series eviction", Level.FINE, f"{policy} drops no bucket of a time series")
+    return Finding(
+        "series eviction",
+        Level.WARNING,
+        f"maxmemory-policy is {policy}, with a memory limit, and there are time series",
+        "when memory is short, Redis drops buckets before their retention is over: sums are then "
+        "too low, and cannot tell",
+        "CONFIG SET maxmemory-policy noeviction, or keep time series on a server of their own",
+    )
+
+
+def _series_memory(hash_entries: int | None) -> Finding:
+    check = "series memory"
+    if hash_entries is None:
+        return Finding(check, Level.FINE, "the server does not tell how it keeps hashes")
+    if hash_entries >= _TOP_FIELDS:
+        what = f"hashes are kept compact up to {hash_entries:,} fields, enough for a TopSeries"
+        return Finding(check, Level.FINE, what)
+    return Finding(
+        check,
+        Level.WARNING,
+        f"hashes are kept compact up to {hash_entries:,} fields only, and there are time series",
+        "a bucket of a TopSeries has up to 201 fields, and takes about three times the memory; "
+        "other kinds of series are strings, which this does not touch",
+        "CONFIG SET hash-max-listpack-entries 512 (hash-max-ziplist-entries before Redis 7); 512 "
+        "is Redis' own default",
     )
 
 

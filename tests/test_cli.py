@@ -29,6 +29,7 @@ from redishacks.doctor import Level, ServerFacts, judge_client, judge_server, re
 from redishacks.errors import SchemaError, ServerError, UnavailableError, UsageError
 from redishacks.sinks import SQLiteSink
 from redishacks.testing import FaultProxy, Server, redis_server, servers_available, valkey_server
+from redishacks.timeseries import TopSeries
 from tests.helpers import eventually, shown_on_a_terminal
 
 pytestmark = pytest.mark.slow
@@ -782,6 +783,48 @@ def test_doctor_on_the_oldest_redis(app: App) -> None:
         app.url = server.url
         found = checks(app.run("doctor", "myapp:jobs", "--json"))
         assert (found["version"], found["persistence"], found["eviction"]) == ("fine",) * 3
+        with server.client() as client:
+            client.config_set("hash-max-ziplist-entries", 128)
+        TopSeries(server.url, "pages", prefix=app.prefix).incr("site", "/a")
+        found = checks(app.run("doctor", "myapp:jobs", "--json"))
+        assert (found["series eviction"], found["series memory"]) == ("fine", "warning")
+
+
+def test_doctor_looks_at_what_time_series_need(app: App) -> None:
+    """Where there are time series it warns of eviction and of wasted memory, else of neither."""
+    limits = {"maxmemory": "100mb", "maxmemory_policy": "volatile-lru"}
+    with valkey_server(appendonly="yes", hash_max_listpack_entries="201", **limits) as server:
+        app.url = server.url
+        app.counter().incr("/a")
+        assert set(checks(app.run("doctor", "myapp:jobs", "--json")).values()) == {"fine"}
+        TopSeries(server.url, "pages", prefix=app.prefix).incr("site", "/a")
+        done = app.run("doctor", "myapp:jobs")
+        assert done.returncode == 0, done.stdout
+        for words in (
+            "warning  series eviction: maxmemory-policy is volatile-lru",
+            "warning  series memory: hashes are kept compact up to 201 fields only",
+            "before their retention is over", "CONFIG SET hash-max-listpack-entries 512",
+        ):  # fmt: skip
+            assert words in done.stdout, done.stdout
+        with server.client() as client:
+            client.config_set("maxmemory", 0)
+            client.config_set("hash-max-listpack-entries", 202)
+            found = checks(app.run("doctor", "myapp:jobs", "--json"))
+            assert (found["series eviction"], found["series memory"]) == ("fine", "fine")
+            client.execute_command("ACL", "SETUSER", "default", "-scan")
+            found = checks(app.run("doctor", "myapp:jobs", "--json"))
+            assert set(found.values()) == {"fine"}
+            assert "series memory" not in found
+
+
+def test_doctor_looks_for_series_in_some_thousands_of_keys(app: App) -> None:
+    """On a server with very many keys it asks for ten pages of them, no more."""
+    with valkey_server(appendonly="yes") as server, server.client() as client:
+        app.url = server.url
+        app.counter().incr("/a")
+        client.mset({f"key:{number}": 1 for number in range(30_000)})
+        assert "series memory" not in checks(app.run("doctor", "myapp:jobs", "--json"))
+        assert client.info("commandstats")["cmdstat_scan"]["calls"] == 10
 
 
 def level(info: dict[str, str], save: str | None, check: str) -> Level:
@@ -807,6 +850,27 @@ def test_judgements_of_servers() -> None:
     failing = {"aof_enabled": "1", "aof_last_write_status": "err"}
     assert level(failing, "", "persistence") is Level.WRONG
     assert level({"rdb_last_bgsave_status": "err"}, "3600 1", "persistence") is Level.WRONG
+
+
+def test_judgements_for_time_series() -> None:
+    """Eviction is a warning with a memory limit, small compact hashes below 202 fields."""
+
+    def judged(info: dict[str, str], series: bool | None, entries: int | None) -> list[Level]:
+        found = judge_server(ServerFacts(info, "3600 1", series, entries))[3:]
+        assert all(finding.level is Level.FINE or finding.why for finding in found)
+        return [finding.level for finding in found]
+
+    fine, warning = Level.FINE, Level.WARNING
+    for policy, level in (
+        ("volatile-ttl", warning),
+        ("allkeys-lru", warning),
+        ("noeviction", fine),
+    ):
+        limited = {"maxmemory": "1000", "maxmemory_policy": policy}
+        assert judged(limited, True, 202) == [level, fine]
+        assert judged({**limited, "maxmemory": "0"}, True, 201) == [fine, warning]
+        assert judged(limited, False, 1) == judged(limited, None, 1) == []
+    assert judged({}, True, None) == [fine, fine]
 
 
 def test_judgements_of_clients() -> None:

@@ -1,8 +1,10 @@
-"""`redishacks demo`: the demonstration, with progress and a verdict."""
+"""`redishacks demo`: the demonstration, with progress, charts and a verdict."""
 
 from __future__ import annotations
 
 import contextlib
+import datetime as dt
+import shutil
 import signal
 import sys
 from collections.abc import Iterator
@@ -14,12 +16,18 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.text import Text
 
 from redishacks._words import many
-from redishacks.cli import show
+from redishacks.cli import chart, show, when
 from redishacks.cli.ending import EXIT_CODES, Exit, masked
 from redishacks.demo.replay import Audience, Options, Outcome, play
+from redishacks.demo.times import SPAN_YEARS, YEARS, Shown
 from redishacks.demo.traffic import Traffic, made_up, read_log
+from redishacks.timeseries import Series, Total
 
-_HITS = 200_000
+_HITS = 100_000
+#: Rows of the chart, and the most bars of a line.
+_ROWS = 6
+_BARS = 60
+_POINTS = ("hits", "bytes", "clients", "busiest", "busiest_bytes")
 
 
 @click.command(epilog=EXIT_CODES)
@@ -54,7 +62,10 @@ def demo(
 
     Web traffic is counted in Redis while other processes flush it to SQL. One of them is killed
     with SIGKILL when some chunks of its batch are in SQL and some are not; the next one goes on.
-    In the end each page's count is compared. Exits with 1 when one differs.
+    In the end each page's count is compared.
+
+    The hits, their bytes, clients and pages are also counted in time series, by the log's own
+    times, and drawn; each hour is compared with a plain count. Exits with 1 when something differs.
 
     Servers started here are gone in the end. On servers of yours, keys and tables get random names
     and are removed in the end.
@@ -71,7 +82,7 @@ def demo(
         show.print_json(_as_json(outcome, traffic))
     else:
         _print(outcome, traffic, show.console())
-    ctx.exit(Exit.DONE if outcome.agree else Exit.WRONG)
+    ctx.exit(Exit.DONE if outcome.agree and outcome.series_agree else Exit.WRONG)
 
 
 class _Ended:
@@ -138,12 +149,29 @@ def _as_json(outcome: Outcome, traffic: Traffic) -> dict[str, Any]:
         "agree": outcome.agree,
         "killed": outcome.killed._asdict(),
         "flushes": [report._asdict() for report in outcome.flushes],
+        "series": outcome.series and _series_as_json(outcome.series),
+        "series_agree": outcome.series_agree,
         "lines_skipped": traffic.skipped,
         "first_skipped": [line._asdict() for line in traffic.first_skipped],
     }
 
 
+def _series_as_json(shown: Shown) -> dict[str, Any]:
+    top = [{"page": page, "hits": hits} for page, hits in shown.top]
+    return {
+        **shown._asdict(),
+        **{name: list(getattr(shown, name)) for name in _POINTS},
+        "error_of_clients": shown.total_clients.error,
+        "top": top, "error_of_top": shown.top.error,
+    }  # fmt: skip
+
+
 def _print(outcome: Outcome, traffic: Traffic, out: Console) -> None:
+    if outcome.series is not None:
+        _print_series(outcome.series, out)
+    if outcome.left_out:
+        why = f"in the future, over {YEARS} years old, or over {SPAN_YEARS} before the last"
+        out.print(f"not in the time series: {many(outcome.left_out, 'hit')}, {why}")
     show.facts("Ten most seen pages", [(f"{n:,}", show.printable(p)) for p, n in outcome.top], out)
     rows = [
         ("hits sent", f"{outcome.hits_sent:,} on {many(outcome.pages_sent, 'page')}"),
@@ -156,12 +184,58 @@ def _print(outcome: Outcome, traffic: Traffic, out: Console) -> None:
         out.print(Text("Redis and SQL agree to the last hit.", style="bold green"))
     else:
         out.print(Text(_wrong(outcome), style="bold red"))
+    if outcome.series is not None:
+        _print_verdict(outcome.series, out)
     if traffic.skipped:
         out.print(f"left out: {many(traffic.skipped, 'line')}")
         for line in traffic.first_skipped:
             out.print(f"  line {line.line:,}: {line.reason}")
         if traffic.skipped > len(traffic.first_skipped):
             out.print(f"  and {traffic.skipped - len(traffic.first_skipped):,} more")
+
+
+def _print_series(shown: Shown, out: Console) -> None:
+    columns = out.width if out.is_terminal else shutil.get_terminal_size().columns
+    per = "day" if shown.step > 3600 else "hour"
+    covered = shown.total_hits
+    out.print(Text(f"Hits per {per}, {_span(covered)}", style="bold"))
+    drawn = chart.chart(shown.hits, columns, _ROWS, dt.UTC)
+    out.print(chart.plain(drawn) if out.options.ascii_only else drawn)
+    lines: list[tuple[str, Series, str]] = [
+        (f"bytes per {per}", shown.bytes, f"{shown.total_bytes:,}"),
+        (
+            f"clients per {per}", shown.clients,
+            f"{shown.total_clients:,} different ones, to {shown.total_clients.error:.2%}",
+        ),
+        ("hits per 10 s", shown.busiest, f"{shown.busiest.sum():,} in the busiest hour"),
+        ("bytes per 10 s", shown.busiest_bytes, f"{shown.busiest_bytes.sum():,}"),
+    ]  # fmt: skip
+    bars = max(8, min(_BARS, columns - 60))
+    rows = [(name, f"{_line(points, bars, out)}  {said}") for name, points, said in lines]
+    show.facts(f"Time series by the times of the log, kept for {YEARS} years here", rows, out)
+    exact = "exactly" if not shown.top.error else f"each up to {shown.top.error:,} too low"
+    began = when.shown(shown.busiest.times[0], dt.UTC)
+    pages = [(f"{n:,}", show.printable(page)) for page, n in shown.top]
+    show.facts(f"Most seen in the busiest hour, from {began} ({exact})", pages, out)
+
+
+def _line(points: Series, width: int, out: Console) -> str:
+    line = points.sparkline(width)
+    return chart.plain(Text(line)).plain if out.options.ascii_only else line
+
+
+def _span(total: Total) -> str:
+    return f"{when.shown(total.start, dt.UTC)} to {when.shown(total.end, dt.UTC)} (UTC)"
+
+
+def _print_verdict(shown: Shown, out: Console) -> None:
+    if not shown.wrong_hours:
+        said = "Time series and a plain count agree, hits and bytes of every hour."
+        out.print(Text(said, style="bold green"))
+        return
+    hours = ", ".join(when.shown(at, dt.UTC) for at in shown.wrong_hours[:5])
+    wrong = f"the hits or bytes of {many(len(shown.wrong_hours), 'hour')}: {hours}"
+    out.print(Text(f"Time series and a plain count do NOT agree on {wrong}", style="bold red"))
 
 
 def _cost(outcome: Outcome) -> str:

@@ -80,8 +80,9 @@ def doctor(ctx: click.Context, jobs: list[FlushJob], as_json: bool) -> None:
     """Check what would hurt, and say why and what to do.
 
     Looked at: eviction, persistence and version of Redis, hits and batches that wait for over ten
-    minutes, dead letters, tables and grants in SQL, and a client that repeats commands. Exits with
-    1 when something is wrong (a warning is not), with 75 when it could not look. Changes nothing.
+    minutes, dead letters, tables and grants in SQL, and a client that repeats commands; where there
+    are time series, whether Redis may evict them or keeps them at a waste. Exits with 1 when
+    something is wrong (a warning is not), with 75 when it could not look. Changes nothing.
     """
     out = show.console()
 

@@ -1,5 +1,7 @@
 """The play: hits are counted, flushed by several processes, one of which is killed, and compared.
 
+They are counted in time series too, by this process alone.
+
 outcome = play(Options(), read_log("access.log"), Audience())
 """
 
@@ -19,6 +21,7 @@ from redishacks._words import many
 from redishacks.counters import BufferedCounter, FlushJob, FlushReport
 from redishacks.demo.flusher import COUNTER, Flusher, Order
 from redishacks.demo.table import Table
+from redishacks.demo.times import Shown, Times
 from redishacks.demo.traffic import Traffic
 from redishacks.errors import RedisHacksError, ServerError, UnavailableError
 from redishacks.testing import postgres_server, valkey_server
@@ -74,11 +77,19 @@ class Outcome(NamedTuple):
     top: list[tuple[str, int]]
     killed: Killed
     flushes: list[FlushReport]
+    #: The time series, and of how many hits they could not be; None for of all.
+    series: Shown | None
+    left_out: int
 
     @property
     def agree(self) -> bool:
         """Whether SQL has every hit exactly once."""
         return not self.wrong_pages and self.hits_sent == self.hits_in_sql
+
+    @property
+    def series_agree(self) -> bool:
+        """Whether the time series have every hit, and every byte, in its hour."""
+        return self.series is None or not self.series.wrong_hours
 
 
 class Audience:
@@ -88,7 +99,7 @@ class Audience:
         """Something has happened."""
 
     def count(self, hits: int) -> None:
-        """So many hits more were counted."""
+        """So many hits more were replayed."""
 
     def go_on(self) -> None:
         """Called at least ten times a second, except while a server starts: raise to end the play.
@@ -136,14 +147,23 @@ def play(options: Options, traffic: Traffic, audience: Audience) -> Outcome:
             stack.callback(_quietly, lambda: _remove_keys(counter, name, audience), audience)
         stack.callback(_quietly, counter.close, audience)
         table.sink.create_ledger()
-        return _Play(counter, table, Order(redis, name, sql, name), audience).run(traffic)
+        order = Order(redis, name, sql, name)
+        return _Play(counter, Times(redis, name, traffic), table, order, audience).run(traffic)
 
 
 class _Play:
     def __init__(
-        self, counter: BufferedCounter, table: Table, order: Order, audience: Audience
+        self,
+        counter: BufferedCounter,
+        times: Times,
+        table: Table,
+        order: Order,
+        audience: Audience,
     ) -> None:
         self._counter = counter
+        self._times = times
+        #: How many hits the counter has been told of, and the time series.
+        self._counted = self._entered = 0
         self._table = table
         self._job = FlushJob(counter, table.sink)
         self._order = order
@@ -168,6 +188,8 @@ class _Play:
         self._flush_during(hits[fourth:])
         self._flush_during([])
         self._counter.close()
+        while self._entered < total:
+            self._enter()
 
         rows = self._table.rows()
         sent = Counter(hits)
@@ -184,6 +206,8 @@ class _Play:
             top=sorted(rows.items(), key=lambda row: (-row[1], row[0]))[:10],
             killed=killed,
             flushes=self._flushes,
+            series=self._times.shown(),
+            left_out=self._times.left_out,
         )
 
     # Counting
@@ -192,8 +216,16 @@ class _Play:
         incr = self._counter.incr
         for target in hits:
             incr(target)
-        self._audience.count(len(hits))
+        self._counted += len(hits)
         self._audience.go_on()
+
+    def _enter(self) -> None:
+        """Count some hits in the time series too, of those that the counter has."""
+        last = min(self._entered + _SLICE, self._counted)
+        self._times.add(self._entered, last)
+        self._audience.count(last - self._entered)
+        self._audience.go_on()
+        self._entered = last
 
     def _add_slowly(self, hits: Sequence[str]) -> None:
         for some in _cut(hits, -(-len(hits) // _PORTIONS)):
@@ -201,7 +233,10 @@ class _Play:
             self._wait()
 
     def _wait(self) -> None:
-        time.sleep(_PAUSE)
+        """Let a little time pass, of some use to the time series."""
+        until = time.monotonic() + _PAUSE
+        self._enter()
+        time.sleep(max(0.0, until - time.monotonic()))
         self._audience.go_on()
 
     def _count(self, hits: Sequence[str]) -> None:
