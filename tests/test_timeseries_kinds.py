@@ -412,6 +412,7 @@ def test_who_is_heavy_is_found(server: Server, prefix: str) -> None:
     with server.client() as raw:
         for key in raw.scan_iter(f"{prefix}:t1:{{pages/0}}:s:*"):
             assert raw.hlen(key) <= 41
+            assert raw.object("encoding", key) in (b"listpack", b"ziplist")
             assert raw.ttl(key) > 0
 
 

@@ -298,6 +298,33 @@ def test_what_is_deleted_in_the_middle_of_coarse_buckets(server: Server) -> None
             assert not list(raw.scan_iter(f"rh:t1:{{{series.name}/0}}:s:*")), kind
 
 
+def test_a_top_of_very_many_members_is_deleted_from(server: Server) -> None:
+    """What is made anew of many buckets is no larger than others, and right within its error."""
+    series = clocked(TopSeries(server.url, f"up{next(numbers)}", resolutions=LOOSE, keep=20))
+    clock: Any = series
+    day = clock.clock // DAY * DAY - DAY
+    exact: dict[str, int] = {}
+    for hour in range(24):
+        for tenth in range(0, 6, 5):
+            at = day + hour * HOUR + tenth * 600
+            some = {f"m{hour}.{tenth}.{n}": 1 for n in range(40)} | {"heavy": 30}
+            series.incr_many(("a", member, amount, at) for member, amount in some.items())
+            if (hour, tenth) != (5, 0):
+                for member, amount in some.items():
+                    exact[member] = exact.get(member, 0) + amount
+    series.delete("a", day + 5 * HOUR, day + 5 * HOUR + 600)
+    top = series.top("a", day, day + DAY, n=100)
+    assert top.total == sum(exact.values())
+    assert 0 < top.error <= top.total / 21
+    for member, amount in exact.items():
+        found = dict(top).get(member, 0)
+        assert found <= amount <= found + top.error
+    assert top[0][0] == "heavy"
+    with server.client() as raw:
+        (key,) = list(raw.scan_iter(f"rh:t1:{{{series.name}/0}}:s:a:{DAY}:*"))
+        assert raw.hlen(key) <= 41
+
+
 @pytest.mark.parametrize("kind", MAKE)
 def test_hits_during_a_delete(server: Server, kind: str, prefix: str) -> None:
     """Those outside of the range all stay, whatever is deleted meanwhile; resolutions agree."""

@@ -67,8 +67,8 @@ local function drop(s, cell, bits, bit, from)
   return sub(s, 1, cell - 1) .. char(bits - bit) .. sub(s, cell + 1, from - 1) .. sub(s, from + byte(s, 1))
 end
 
-local held = call('MGET', unpack(KEYS))
--- The string of the i-th key; what is none of ours is found out by GET.
+local held = #KEYS < 5000 and call('MGET', unpack(KEYS)) or {}
+-- The string of the i-th key; GET fails for what is none of ours.
 local function get(i)
   return held[i] or call('GET', KEYS[i])
 end

@@ -32,7 +32,9 @@ for i, first in ipairs(groups) do
   if count == 1 then
     call('SET', KEYS[i], ARGV[first + 3])
   elseif count > 1 then
-    call('HSET', KEYS[i], unpack(ARGV, first + 3, first + 2 + count))
+    for field = first + 3, first + 2 + count, 2 do
+      call('HSET', KEYS[i], ARGV[field], ARGV[field + 1])
+    end
   end
   if count > 0 then
     call('PEXPIREAT', KEYS[i], ARGV[first + 1] .. '000')

@@ -28,6 +28,7 @@ local function prune(key, keep, total, lacks)
     end
   end
   call('HSET', key, '', string.format('%.0f %.0f', total, lacks + cut))
+  return lacks + cut
 end
 
 return run(3, function(key, at, count, keep, expires)
@@ -43,16 +44,19 @@ return run(3, function(key, at, count, keep, expires)
   end
   return function()
     call('HSET', key, '', string.format('%.0f %.0f', total, lacks))
+    local held = call('HLEN', key) - 1
     for first = at, at + 3 * (count - 1), 3 do
-      if ARGV[first] ~= '' then
-        call('HINCRBY', key, ARGV[first], ARGV[first + 1])
+      local member, amount = ARGV[first], ARGV[first + 1]
+      if member ~= '' and call('HINCRBY', key, member, amount) == amount + 0 then
+        held = held + 1 -- it is new
+      end
+      if held > 2 * keep then -- at once: a hash that has grown never gets small again
+        lacks = prune(key, keep, total, lacks)
+        held = call('HLEN', key) - 1
       end
     end
     if not head then
       call('PEXPIREAT', key, expires .. '000')
-    end
-    if call('HLEN', key) - 1 > 2 * keep then
-      prune(key, keep, total, lacks)
     end
   end
 end)

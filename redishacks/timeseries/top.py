@@ -126,10 +126,14 @@ class Tops(Kind):
             return []
         total = sum(amount for amount, _ in entries.values())
         lacks = sum(lack for _, lack in entries.values())
+        counts = {member: amount for (_, member), (amount, _) in entries.items() if member}
+        if len(counts) > 2 * self._keep:  # as the script does
+            cut = sorted(counts.values(), reverse=True)[self._keep]
+            counts = {member: count - cut for member, count in counts.items() if count > cut}
+            lacks += cut
         fields: list[str | bytes] = ["", f"{total} {lacks}"]
-        for (_, member), (amount, _) in entries.items():
-            if member:
-                fields += (member, str(amount))
+        for member, count in counts.items():
+            fields += (member, str(count))
         return fields
 
     def row(self, member: bytes, amounts: Amounts) -> dict[str, Any]:
