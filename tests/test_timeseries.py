@@ -7,6 +7,7 @@ import datetime as dt
 import itertools
 import math
 import random
+import re
 import threading
 import time
 from collections import Counter
@@ -115,6 +116,17 @@ def test_few_values_for_any_range() -> None:
             made = plan(forever, start, start + rng.randrange(1, days * DAY + 1), now)
             assert made.values <= most
             assert made.keys <= 12
+
+
+def test_a_plan_is_shown(series: TimeSeries) -> None:
+    """What is read, line by line in the order of time."""
+    now = int(time.time()) // DAY * DAY - 2 * DAY
+    series.incr("a", at=now)
+    first, *lines = str(series.explain("a", now + 50, now + DAY + HOUR)).splitlines()
+    assert re.fullmatch(r"\d+ values in \d+ keys, \d+ bytes", first)
+    day = f"{dt.datetime.fromtimestamp(now, dt.UTC):%Y-%m-%d}"
+    assert lines[0] == f"{day} 00:00:50 to {day} 00:01:00    1 of 10 s"
+    assert lines[-1].endswith("01:00:00   24 of 3600 s")
 
 
 # Packed keys

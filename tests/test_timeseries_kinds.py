@@ -218,7 +218,7 @@ def test_points_of_gauges(server: Server, prefix: str) -> None:
     """A point shows what was asked for; where nothing was set it is None."""
     series = GaugeSeries(server.url, "queue", prefix=prefix)
     now = int(time.time()) // HOUR * HOUR - HOUR
-    for at, value in ((0, 4), (5, 6), (12, 1), (9, 2), (3, 100)):
+    for at, value in ((0, 4), (5, 6), (12, 1), (9, 2), (8, 100)):
         series.set("a", value, at=now + at)
     expected = {"last": [2, 1], "min": [2, 1], "max": [100, 1], "mean": [28, 1], "count": [4, 1]}
     for of, values in expected.items():

@@ -8,6 +8,7 @@ ones have expired the range is widened to the finest that still exist.
 
 from __future__ import annotations
 
+import datetime as dt
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -58,6 +59,16 @@ class Plan(NamedTuple):
     def values(self) -> int:
         """How many buckets are summed up."""
         return sum(tile.last - tile.first for tile in self.tiles)
+
+    def __str__(self) -> str:
+        lines = [f"{self.values} values in {self.keys} keys, {self.bytes:,} bytes"]
+        for tile in self.tiles:
+            start, end = (
+                f"{dt.datetime.fromtimestamp(t, dt.UTC):%Y-%m-%d %H:%M:%S}"
+                for t in (tile.start, tile.end)
+            )
+            lines.append(f"{start} to {end}  {tile.last - tile.first:3} of {tile.rung.step} s")
+        return "\n".join(lines)
 
 
 def plan(rungs: Sequence[Rung], start: int, end: int, now: int) -> Plan:
