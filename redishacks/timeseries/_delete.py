@@ -163,7 +163,9 @@ def _rebuild(layout: Layout, raw: bytes, cut: _Cut) -> Steps[bool]:
     inside = [pack for pack in cut.packs if cut.holds(*_span(*pack))]
     # Others that have some buckets in the range, but not all.
     parts |= {pack for pack in cut.packs if cut.touches(*_span(*pack))} - set(inside)
-    read = sorted(parts | sources)  # no more than that, or others write meanwhile
+    # No more than that, or others write meanwhile; and the coarsest first, whose version then tells
+    # of every hit that the finer ones may have or not.
+    read = sorted(parts | sources, reverse=True)
     found = yield from contents(layout, read, lambda *at: layout.at(raw, *at))
     held = _held(found)
     there = {(one.rung, one.pack): one for one in found}
