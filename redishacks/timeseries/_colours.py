@@ -25,16 +25,7 @@ R = TypeVar("R")
 
 
 class SyncSeries(Lingering, Core[Transport, Coalescer]):
-    """What series of all kinds have in common.
-
-    `client` is a `redis.Redis`, a Sentinel master, a `redis.RedisCluster` or a URL; `name` is that
-    of many series, which need not be declared.
-
-    - `resolutions`: pairs of seconds, (step, retention). Whoever writes first decides.
-    - `partitions` spreads a name over so many slots of a cluster: 64 there, 1 elsewhere.
-    - `linger`, `max_buffered`, `overflow`, `deadline` and `on_command` are those of
-      `BufferedCounter`; `on_refused` gets an `Uncounted`, `on_maybe_applied` a list of them.
-    """
+    """What series of all kinds have in common; their arguments are those of `TimeSeries`."""
 
     def _connect(self, client: Any, on_command: Hook | None) -> Transport:
         return connect(client, on_command)
@@ -129,7 +120,7 @@ class SyncSeries(Lingering, Core[Transport, Coalescer]):
 
 
 class AsyncSeries(AsyncLingering, Core[AsyncTransport, AsyncCoalescer]):
-    """`SyncSeries` for asyncio, with the same arguments; `client` is from `redis.asyncio`."""
+    """`SyncSeries` for asyncio."""
 
     def _connect(self, client: Any, on_command: Hook | None) -> AsyncTransport:
         return connect_async(client, on_command)
@@ -161,28 +152,28 @@ class AsyncSeries(AsyncLingering, Core[AsyncTransport, AsyncCoalescer]):
         return dict(zip(some, await self._ask(steps(some)), strict=True))
 
     async def explain(self, key: Id, start: Instant, end: Instant | None = None) -> Plan:
-        """Return what is read for a range, as `SyncSeries.explain`."""
+        """Return what is read for a range, as `TimeSeries.explain`."""
         return await self._ask(self._explain(key, start, end))
 
     async def keys(self, match: str | None = None) -> AsyncIterator[str | bytes]:
-        """Iterate over the series that have something, as `SyncSeries.keys`."""
+        """Iterate over the series that have something, as `TimeSeries.keys`."""
         scan = Scan(self.layout, match)
         while (page := await self._ask(scan.page())) is not None:
             for key in page:
                 yield key
 
     async def merge(self, source: Id, target: Id) -> None:
-        """Add all of a series to another one, as `SyncSeries.merge`."""
+        """Add all of a series to another one, as `TimeSeries.merge`."""
         await self._ask(merge(self.layout, source, target))
 
     async def delete(self, key: Id, start: Instant, end: Instant) -> None:
-        """Delete what was counted in a range, as `SyncSeries.delete`."""
+        """Delete what was counted in a range, as `TimeSeries.delete`."""
         await self._ask(delete(self.layout, key, start, end))
 
     async def export(
         self, keys: Iterable[Id] | None = None, *, format: Format = "jsonl"
     ) -> AsyncIterator[str]:
-        """Write series out, as `SyncSeries.export`."""
+        """Write series out, as `TimeSeries.export`."""
         writer = Writer(format)
         some = [key async for key in self.keys()] if keys is None else several(keys)
         for key in some:
@@ -190,11 +181,11 @@ class AsyncSeries(AsyncLingering, Core[AsyncTransport, AsyncCoalescer]):
                 yield line
 
     async def import_(self, lines: Iterable[str], *, token: str | None = None) -> int:
-        """Add what `export` has written to what is there, as `SyncSeries.import_`."""
+        """Add what `export` has written to what is there, as `TimeSeries.import_`."""
         return await self._ask(add_all(self.layout, lines, token))
 
     async def add_resolution(
         self, resolution: Resolution | tuple[Seconds, Seconds], *, since: Instant | None = None
     ) -> int:
-        """Add a resolution to those in use, as `SyncSeries.add_resolution`."""
+        """Add a resolution to those in use, as `TimeSeries.add_resolution`."""
         return await self._ask(add_resolution(self.layout, resolution, since))

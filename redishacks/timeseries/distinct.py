@@ -217,8 +217,8 @@ def _draft(item: Item) -> Draft:
 class DistinctSeries(_Seen[Transport, Coalescer], SyncSeries):
     """How many different members there were per bucket of time, in several resolutions at once.
 
-    Arguments: see `SyncSeries`. By default buckets of 10 min are kept for 32 days, of 1 h for 400
-    and of 1 d for 1,830 days.
+    Arguments are those of `TimeSeries`. By default buckets of 10 min are kept for 32 days, of 1 h
+    for 400 and of 1 d for 1,830 days.
     """
 
     def add(self, key: Id, *members: Id, at: Instant | None = None) -> None:

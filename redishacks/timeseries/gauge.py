@@ -312,8 +312,8 @@ def _folded(parts: Iterable[Noted | None]) -> Noted | None:
 class GaugeSeries(_Gauged[Transport, Coalescer], SyncSeries):
     """What a value was per bucket of time, in several resolutions at once.
 
-    Arguments: see `SyncSeries`; resolutions are by default those of a `TimeSeries`. `scale` is how
-    many decimal places values have: 0 for integers.
+    Arguments are those of `TimeSeries`, defaults too. `scale` is how many decimal places values
+    have: 0 for integers.
     """
 
     def set(self, key: Id, value: int | Decimal, *, at: Instant | None = None) -> None:

@@ -144,8 +144,14 @@ def _total(made: Plan, packed: Sequence[Packed]) -> Total:
 class TimeSeries(_Counted[Transport, Coalescer], SyncSeries):
     """Counts per bucket of time, in several resolutions at once; sums of any range.
 
-    Arguments: see `SyncSeries`. By default buckets of 10 s are kept for 2 days, of 1 min for 8, of
-    10 min for 32, of 1 h for 400 and of 1 d for 1,830 days.
+    `client` is a `redis.Redis`, a Sentinel master, a `redis.RedisCluster` or a URL; `name` is that
+    of many series, which need not be declared.
+
+    - `resolutions`: pairs of seconds, (step, retention); by default 10 s for 2 days, 1 min for 8,
+      10 min for 32, 1 h for 400 and 1 d for 1,830 days. Whoever writes first decides.
+    - `partitions` spreads a name over so many slots of a cluster: 64 there, 1 elsewhere.
+    - `linger`, `max_buffered`, `overflow`, `deadline` and `on_command` are those of
+      `BufferedCounter`; `on_refused` gets an `Uncounted`, `on_maybe_applied` a list of them.
     """
 
     def incr(self, key: Id, amount: int = 1, *, at: Instant | None = None) -> None:

@@ -236,8 +236,8 @@ def _draft(item: Item) -> Draft:
 class TopSeries(_Ranked[Transport, Coalescer], SyncSeries):
     """The heaviest members per bucket of time, in several resolutions at once.
 
-    Arguments: see `SyncSeries`. By default buckets of 10 min are kept for 32 days, of 1 h for 400
-    and of 1 d for 1,830 days. `keep` is how many members a bucket keeps when there are more than
+    Arguments are those of `TimeSeries`. By default buckets of 10 min are kept for 32 days, of 1 h
+    for 400 and of 1 d for 1,830 days. `keep` is how many members a bucket keeps when there are more than
     twice as many.
     """
 
