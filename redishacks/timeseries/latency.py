@@ -261,7 +261,8 @@ class LatencySeries(_Recorded[Transport, Coalescer], SyncSeries):
     """Histograms of durations per bucket of time, in several resolutions at once.
 
     Arguments are those of `TimeSeries`. By default buckets of 10 min are kept for 32 days, of 1 h
-    for 400 and of 1 d for 1,830 days; each takes some 330 bytes, and one or two more per bin in use.
+    for 400 and of 1 d for 1,830 days; each takes some 330 bytes, and one or two more per bin in
+    use.
     """
 
     def record(self, key: Id, seconds: float | dt.timedelta, *, at: Instant | None = None) -> None:

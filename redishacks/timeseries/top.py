@@ -237,8 +237,8 @@ class TopSeries(_Ranked[Transport, Coalescer], SyncSeries):
     """The heaviest members per bucket of time, in several resolutions at once.
 
     Arguments are those of `TimeSeries`. By default buckets of 10 min are kept for 32 days, of 1 h
-    for 400 and of 1 d for 1,830 days. `keep` is how many members a bucket keeps when there are more than
-    twice as many.
+    for 400 and of 1 d for 1,830 days. `keep` is how many members a bucket keeps when there are more
+    than twice as many.
     """
 
     def incr(self, key: Id, member: Id, amount: int = 1, *, at: Instant | None = None) -> None:
