@@ -2079,6 +2079,43 @@ def test_an_exception_of_a_signal_handler_breaks_no_sink(
         gc.collect()  # connections that were interrupted while they were opened
 
 
+@pytest.mark.parametrize("when", ["got", "given"])
+def test_an_exception_at_the_lock_leaves_it_free(pg_dsn: str, when: str) -> None:
+    """Be it when a transaction has just got it, or is about to give it back."""
+
+    class Interrupting:
+        """A lock at which a handler raises, once."""
+
+        def __init__(self) -> None:
+            self._lock = threading.Lock()
+            self.left = 1
+            self.locked = self._lock.locked
+
+        def acquire(self) -> None:
+            self._lock.acquire()
+            self._interrupt("got")
+
+        def release(self) -> None:
+            self._interrupt("given")
+            self._lock.release()
+
+        def _interrupt(self, here: str) -> None:
+            if here == when and self.left:
+                self.left -= 1
+                raise InterruptedError("by a handler")
+
+    with psycopg.connect(pg_dsn) as db:
+        db.execute("CREATE TABLE pages (path text PRIMARY KEY, hits bigint)")
+    with PostgresSink(pg_dsn, table="pages", key="path", columns={"amount": "hits"}) as sink:
+        sink.create_ledger()
+        database: Any = sink._steps.database
+        database._lock = Interrupting()
+        with pytest.raises(InterruptedError):
+            sink.begin(SUM)
+        begun = sink.begin(SUM)
+        assert sink.apply(chunk_of(b"/b", 7, begun, batch="last")).status == Status.APPLIED
+
+
 def test_a_table_with_heirs_is_refused(pg_dsn: str) -> None:
     """With INHERITS one id can be two rows, and the count of rows would hide an unknown one."""
     with psycopg.connect(pg_dsn) as db:

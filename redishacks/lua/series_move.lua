@@ -1,7 +1,8 @@
 -- Take all buckets of a series away, to merge them into another one.
 --
--- EVALSHA sha n note from to [from to ...]  id target ttl
+-- EVALSHA sha n note deletes from to [from to ...]  id target ttl
 -- KEYS[1]  note: hash: id, target; says that this is under way; TTL `ttl` s
+-- KEYS[2]  deletes: fence of who deletes from it: string, TTL 24 h
 -- from, to  buckets of the series, which need not be there, and where they go; TTLs stay
 -- Reply: {id, target} of what is under way now: of an earlier call, if one has not come to its end
 
@@ -10,7 +11,10 @@ local old = call('HMGET', KEYS[1], 'id', 'target')
 if old[1] then
   return old
 end
-for i = 2, #KEYS, 2 do
+-- Who is subtracting what was here must see that it is gone.
+call('INCR', KEYS[2])
+call('EXPIRE', KEYS[2], 86400)
+for i = 3, #KEYS, 2 do
   if call('EXISTS', KEYS[i]) == 1 then
     call('RENAME', KEYS[i], KEYS[i + 1])
   end

@@ -4,8 +4,8 @@
 -- KEYS     buckets that are replaced, one for each group of ARGV, and then those that are removed:
 --          strings, or hashes with a field '' that every write changes
 -- expected  SHA-1 of the string, or the field ''; '' when there is no such key
--- part     1 for a string, the field and the value of each for a hash; none to remove it. TTL until
---          `expires`, seconds since 1970
+-- count, part  1 for a string, the field and the value of each for a hash, none to remove it. TTL
+--          until `expires`, seconds since 1970. A count of -1 leaves it as it is
 -- Reply: 1 done, 0 somebody has written: nothing was done
 
 local call = redis.call
@@ -22,10 +22,12 @@ while ARGV[at] do
     return 0
   end
   groups[#groups + 1] = at
-  at = at + 3 + count
+  at = at + 3 + math.max(count, 0)
 end
-for _, key in ipairs(KEYS) do
-  call('UNLINK', key)
+for i, key in ipairs(KEYS) do
+  if not groups[i] or ARGV[groups[i] + 2] ~= '-1' then
+    call('UNLINK', key)
+  end
 end
 for i, first in ipairs(groups) do
   local count = tonumber(ARGV[first + 2])

@@ -12,6 +12,7 @@ import functools
 import inspect
 import os
 import threading
+import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
@@ -97,6 +98,9 @@ class PsycopgDatabase:
         self._inherited: list[Any] = []
         self._restore_autocommit = False
         self._lock = colour.lock()
+        #: The thread whose transaction it is, and those that have begun to ask for the lock.
+        self._holder: int | None = None
+        self._asking: dict[int, Any] = {}
         if isinstance(target, str):
             self._dsn = _parsed(target)
         elif isinstance(target, colour.connection):
@@ -122,9 +126,12 @@ class PsycopgDatabase:
         """See `Database.transaction`; two round trips more than the body's."""
         del write  # one kind of transaction serves both
         yield from self._arrive()
-        lock = self._lock
+        lock, me = self._lock, threading.get_ident()
+        self._unlock(lock, me)
+        self._asking[me] = lock
         yield from call(lock.acquire)
         try:
+            self._holder = me
             yield from self._open()
             try:
                 yield from self.run(self._begin)
@@ -139,6 +146,20 @@ class PsycopgDatabase:
             finally:
                 yield from self._give_back()
         finally:
+            self._holder = None
+            lock.release()
+            self._asking.pop(me, None)
+
+    def _unlock(self, lock: Any, me: int) -> None:
+        """Release a lock that this thread has got, and an exception has not let it note that.
+
+        A signal handler may raise one just then.
+        """
+        if self._colour is SYNC and self._asking.pop(me, None) is lock:
+            for _ in range(10):  # another one may have got it, and be about to note that
+                if self._holder is not None or not lock.locked():
+                    return
+                time.sleep(0.01)
             lock.release()
 
     def run(self, sql: str, params: Sequence[Any] | None = None) -> Steps[Result]:

@@ -103,8 +103,10 @@ class SyncSeries(Lingering, Core[Transport, Coalescer]):
     def import_(self, lines: Iterable[str], *, token: str | None = None) -> int:
         """Add what `export` has written to what is there; returns how many rows it was.
 
-        What has expired is left out. With a `token` of your own it can be repeated after an error,
-        for a day, and counts once. One round trip for 500 rows.
+        What has expired is left out. Where fine rows had expired when they were written out, and
+        would still be kept here, a sum of a part of a coarser bucket is 0. With a `token` of your
+        own it can be repeated after an error, for a day, and counts once. One round trip for 500
+        rows.
         """
         return self._ask(add_all(self.layout, lines, token))
 

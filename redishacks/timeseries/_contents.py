@@ -64,7 +64,8 @@ class Scan:
 
     def __init__(self, layout: Layout, match: str | None) -> None:
         self._layout = layout
-        self._match = re.compile(fnmatch.translate(match or "*").encode(), re.S)
+        pattern = _keys.id_bytes(match or "*", "a pattern").decode()
+        self._match = re.compile(fnmatch.translate(pattern).encode(), re.S)
         self._nodes: list[bytes] | None = None
         self._cursor = b"0"
         self._seen: set[bytes] = set()

@@ -193,7 +193,11 @@ class Core(ABC, Generic[T, C]):
     def _cut(self, drafts: Sequence[Draft]) -> list[_Part]:
         """Cut what is to be counted into parts; what has no time is of now."""
         layout = self.layout
-        begins = layout.begins(layout.now())
+        now = layout.now()
+        begins, oldest = layout.begins(now), min(rung.horizon(int(now)) for rung in layout.rungs)
+        for draft in drafts:
+            if draft.at is not None and instant(draft.at, "at") < oldest:
+                raise _too_old(draft.key, draft.at)
         hits = [
             (
                 draft,
@@ -236,7 +240,7 @@ class Core(ABC, Generic[T, C]):
         hit = hits[self.layout.blamed(hits, folded, applied)]
         if applied.code == -2:
             raise UsageError(f"series {_shown(hit)}: {self.layout.kind.limit}; nothing was added")
-        raise UsageError(f"series {_shown(hit)}: {hit.time} is older than all that is kept")
+        raise _too_old(hit.key, hit.time)
 
     def _held(self, draft: Draft) -> tuple[bytes, Amounts]:
         """Return what the buffer takes for something to be counted."""
@@ -385,6 +389,11 @@ def _passing(drafts: Sequence[Draft], applied: Applied) -> bool:
     """Return whether it was the time of those of now that was over, or not yet there."""
     latest = max((instant(draft.at, "at") for draft in drafts if draft.at is not None), default=0)
     return any(draft.at is None for draft in drafts) and latest * 1e6 <= applied.now + SKEW * 1e6
+
+
+def _too_old(key: bytes, at: Instant) -> UsageError:
+    when = int(instant(at, "at"))
+    return UsageError(f"series {_keys.id_shown(key)!r}: {when} is older than all that is kept")
 
 
 def _shown(hit: Hit) -> str:

@@ -39,7 +39,8 @@ def delete(layout: Layout, key: Id, start: Instant, end: Instant) -> Steps[None]
         yield from layout.agree()
         now = int(layout.now())
         first = max(low, min(rung.horizon(now) for rung in layout.rungs))
-        last = min(high or 0, -(-(now + SKEW) // layout.step) * layout.step)
+        until = -(-(now + SKEW) // layout.step) * layout.step
+        last = until if high is None else min(high, until)
         if last <= first:
             return
         if first % layout.step or last % layout.step:
@@ -184,7 +185,15 @@ def _rebuild(layout: Layout, raw: bytes, cut: _Cut) -> Steps[bool]:
         made = layout.kind.rebuilt(new, rung) if one else []
         replaced.append((Buckets(rung, raw, pack), version, made))
     removed = [Buckets(rung, raw, pack) for rung, pack in inside]
-    return (yield from ask(layout.replace(replaced, removed)))
+    # What they are made of stays as it was read: a member that is known changes finer ones alone.
+    unchanged = [
+        (
+            Buckets(rung, raw, pack),
+            layout.kind.version(there[rung, pack].raw) if (rung, pack) in there else "",
+        )
+        for rung, pack in sorted(sources - parts)
+    ]
+    return (yield from ask(layout.replace(replaced, removed, unchanged)))
 
 
 def _span(rung: Rung, pack: int) -> tuple[int, int]:

@@ -5,19 +5,33 @@ from __future__ import annotations
 from redishacks._command import Steps, ask
 from redishacks._units import Instant, Seconds, instant
 from redishacks.errors import UsageError
-from redishacks.timeseries.commands import VIEW, Layout
+from redishacks.timeseries.commands import VIEW, BehindError, Layout
 from redishacks.timeseries.resolution import Resolution, ladder
+
+_TRIES = 10
 
 
 def add_resolution(
     layout: Layout, resolution: Resolution | tuple[Seconds, Seconds], since: Instant | None
 ) -> Steps[int]:
     """Note down a resolution; returns since when its buckets are whole."""
-    yield from layout.agree()
+    for _ in range(_TRIES):
+        yield from layout.agree()
+        try:
+            return (yield from _add(layout, resolution, since))
+        except BehindError:
+            continue  # somebody else has added one just now
+    raise layout.late()
+
+
+def _add(
+    layout: Layout, resolution: Resolution | tuple[Seconds, Seconds], since: Instant | None
+) -> Steps[int]:
+    yield from layout.refresh()  # somebody else may have added one just now
     old = {rung.step: rung for rung in layout.rungs}
     (asked,) = ladder([resolution])
     if (there := old.get(asked.step)) is not None:
-        if there.retention != asked.retention:
+        if there.retention < asked.retention:
             raise UsageError(f"{there.step} s are there, and kept for {there.retention} s")
         return there.since
     pairs = [(rung.step, rung.retention) for rung in layout.rungs]
@@ -39,6 +53,7 @@ def add_resolution(
     if wanted < earliest:
         raise UsageError(f"since is {earliest} at the earliest: then all who write know of it")
     coarser = made[at + 1].step if at + 1 < len(made) else new.step
-    yield from ask(layout.define((new._replace(since=-(-wanted // coarser) * coarser),)))
+    new = new._replace(since=-(-wanted // coarser) * coarser)
+    yield from ask(layout.define((new,), after=len(old)))
     yield from layout.refresh()
-    return next(rung.since for rung in layout.rungs if rung.step == new.step)
+    return new.since

@@ -37,7 +37,7 @@ class Batcher(Layout):
 
     def stamp(self) -> str:
         """Return the bucket of now."""
-        return str(self.begins(self.now())) if self.rungs else f"~{int(self.now())}"
+        return str(self.begins(self.now())) if self.rungs else f"~{int(self.noted())}"
 
     def label(self, stamp: str, key: bytes, member: bytes) -> bytes:
         """Return a hit's id in the buffer."""

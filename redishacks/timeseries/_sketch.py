@@ -18,13 +18,14 @@ _REGISTERS = 16_384
 #: A register counts to 51: a hash has 64 bits, of which 14 choose the register.
 _BITS = 50
 _HEAD = 16
+_DENSE = _HEAD + _REGISTERS * 6 // 8
 
 
 def registers(raw: bytes | None) -> bytes:
     """Return the 16,384 registers of a HyperLogLog, a byte each; raises `ServerError`."""
     if raw is None:
         return bytes(_REGISTERS)
-    if raw[:4] != b"HYLL" or len(raw) < _HEAD or raw[4] > 1:
+    if raw[:4] != b"HYLL" or len(raw) < _HEAD or raw[4] > 1 or (raw[4] == 0 and len(raw) != _DENSE):
         raise ServerError("ERR this key is no HyperLogLog")
     found = _dense(raw) if raw[4] == 0 else _sparse(raw)
     if len(found) != _REGISTERS:

@@ -10,6 +10,7 @@ import csv
 import io
 import itertools
 import json
+import re
 import secrets
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
@@ -27,6 +28,7 @@ Row = Mapping[str, Any]
 
 #: Rows that are read in at once.
 _ROWS = 500
+_ENDS = re.compile("[\x85\u2028\u2029]")
 _INT64 = 2**63
 
 
@@ -51,6 +53,7 @@ def rows_of(layout: Layout, key: Id) -> Steps[list[Row]]:
 def add_all(layout: Layout, lines: Iterable[str], token: str | None) -> Steps[int]:
     """Read lines in; returns how many rows they have."""
     token, done, rows = token or secrets.token_hex(8), 0, read(lines)
+    _keys.id_bytes(token, "a token")
     for number in itertools.count(1):
         try:
             part = list(itertools.islice(rows, _ROWS))
@@ -125,7 +128,8 @@ class Writer:
 def _joined(values: Iterable[Any]) -> str:
     text = io.StringIO()
     csv.writer(text, lineterminator="").writerow(values)
-    return text.getvalue()
+    # What str.splitlines() takes for the end of a line, too.
+    return _ENDS.sub(lambda found: "".join(f"%{b:02X}" for b in found[0].encode()), text.getvalue())
 
 
 def read(lines: Iterable[str]) -> Iterator[Row]:
@@ -136,11 +140,16 @@ def read(lines: Iterable[str]) -> Iterator[Row]:
     first = next((line for line in some if line.strip()), None)
     if first is None:
         return
+    if not isinstance(first, str):
+        raise UsageError(f"what is read in is lines of text, not {first!r}")
     if not first.lstrip().startswith("{"):
         table = csv.DictReader(itertools.chain([first], some))
         if not {"series", "step", "time"} <= set(table.fieldnames or ()):
             raise UsageError(f"neither JSON nor CSV that begins with the names: {first!r}")
-        yield from table
+        try:
+            yield from table
+        except csv.Error as error:
+            raise UsageError(f"no CSV: {error}") from None
         return
     for line in itertools.chain([first], some):
         if line.strip():

@@ -67,7 +67,7 @@ class Buckets(NamedTuple):
 Folded = dict[Buckets, Entries]
 
 
-class _BehindError(Exception):
+class BehindError(Exception):
     """Somebody else has written first."""
 
 
@@ -89,7 +89,7 @@ class Layout:
         self.rungs: Ladder = ()
         #: Seconds of the finest buckets, or 1 until that is known.
         self.step = 1
-        self._ahead = time.time() - clock()
+        self._ahead = self._guess = time.time() - clock()
         #: How far the clock was off that hits went by before the server's was known.
         self.off = -self._ahead
         #: When that was read, in seconds of the server's clock.
@@ -120,6 +120,10 @@ class Layout:
         """Return the server's time in seconds since 1970, as it was learned last."""
         return clock() + self._ahead
 
+    def noted(self) -> float:
+        """Return the time that a hit is noted with: by one clock until resolutions are known."""
+        return self.now() if self.rungs else clock() + self._guess
+
     def learn(self, micros: int) -> None:
         """Hear the server's time, in µs."""
         self._ahead = micros / 1e6 - clock()
@@ -149,7 +153,7 @@ class Layout:
         while not self.agreed and not (yield from self._known()):
             try:
                 yield from ask(self.define(self._wanted or self.rungs or self._usual()))
-            except _BehindError:
+            except BehindError:
                 continue  # somebody else was the first just now
 
     def refresh(self) -> Steps[None]:
@@ -176,7 +180,7 @@ class Layout:
         stored = {rung.step: rung for rung in found.rungs}
         for given in self._wanted or ():
             rung = stored.get(given.step)
-            if rung is None or given[:3] != rung[:3]:
+            if rung is None or given[:2] != rung[:2]:
                 raise self._disagreement(
                     f"a resolution of {given.step} s",
                     f"{rung.retention} s" if rung else "none",
@@ -205,14 +209,19 @@ class Layout:
             f"series {self.full_name}: every answer came too late for its question"
         )
 
-    def define(self, rungs: Ladder) -> Command[None]:
-        """Note down what everybody agrees on, or fail because somebody else has."""
+    def define(self, rungs: Ladder, after: int = 0) -> Command[None]:
+        """Note down what everybody agrees on, or fail because somebody else has.
+
+        With `after` they come to so many others: of two at the same time one fails.
+        """
         fields = self._fixed()
+        if after:
+            fields[f"added {after}"] = str(rungs[0].step)
         fields |= {f"r {r.step}": " ".join(map(str, r[1:])) for r in rungs}
 
         def accept(reply: list[bytes]) -> None:
             if reply:
-                raise _BehindError
+                raise BehindError
 
         words = tuple(text for field in fields.items() for text in field)
         return Command(words, (self._meta,), accept, script("define"), repeatable=True)
@@ -355,7 +364,8 @@ class Layout:
         self, key: bytes, batch: str, target: bytes, packs: Sequence[tuple[Rung, int]]
     ) -> Command[tuple[str, bytes]]:
         """Take all buckets of a series away; says which batch is under way, and where it goes."""
-        keys = [self._note(key)]
+        deletes = self._fence(self.partition(key), "d" + _keys.quote_bytes(key))
+        keys = [self._note(key), deletes]
         for rung, pack in packs:
             keys += self.at(key, rung, pack), self.moved(key, batch, rung, pack)
         args = batch, target, str(self.longest)
@@ -376,13 +386,20 @@ class Layout:
         self,
         replaced: Sequence[tuple[Buckets, str, Sequence[str | bytes]]],
         removed: Sequence[Buckets],
+        unchanged: Sequence[tuple[Buckets, str]] = (),
     ) -> Command[bool]:
         """Put keys in the place of those of stated versions, and remove some; or do nothing."""
         words: list[str | bytes] = []
+        for _, version in unchanged:
+            words += (version, "0", "-1")
         for buckets, version, parts in replaced:
             expires = buckets.rung.ends(buckets.pack)
             words += (version, str(expires), str(len(parts)), *parts)
-        every = (*(buckets for buckets, _, _ in replaced), *removed)
+        every = (
+            *(buckets for buckets, _ in unchanged),
+            *(buckets for buckets, _, _ in replaced),
+            *removed,
+        )
         keys = tuple(self.at(key, rung, pack) for rung, key, pack in every)
         return Command(tuple(words), keys, bool, script("series_replace"), bulk=True)
 
@@ -411,7 +428,16 @@ class Layout:
             step = "*"  # older ones need not have the coarsest
         name = _keys.literal(f"{self._prefix}:{TOOL}:{{{self._name}/")
         args = ("SCAN", cursor, "MATCH", f"{name}*}}:s:*:{step}:*", "COUNT", "1000")
-        return Command(args, (node,), _scanned, repeatable=True)
+        begins = f"{self._prefix}:{TOOL}:{{{self._name}/".encode()
+
+        def scanned(reply: tuple[bytes, list[bytes]]) -> tuple[bytes, set[bytes]]:
+            cursor, keys = reply
+            # Another name may go on where this one ends: a partition is a number.
+            parts = (key.removeprefix(begins).partition(b"}:s:") for key in keys)
+            names = (rest.rsplit(b":", 2)[0] for p, _, rest in parts if p.isdigit())
+            return cursor, set(map(_keys.unquote_bytes, names))
+
+        return Command(args, (node,), scanned, repeatable=True)
 
     # Reading
 
@@ -429,12 +455,6 @@ class Layout:
 
 def _batch(reply: list[bytes]) -> tuple[str, bytes]:
     return reply[0].decode(), reply[1]
-
-
-def _scanned(reply: tuple[bytes, list[bytes]]) -> tuple[bytes, set[bytes]]:
-    cursor, keys = reply
-    names = (key.partition(b"}:s:")[2].rsplit(b":", 2)[0] for key in keys)
-    return cursor, set(map(_keys.unquote_bytes, names))
 
 
 def _applied(reply: list[int]) -> Applied:

@@ -163,7 +163,10 @@ class Gauges(Kind):
         last, least, most = (self.units(Decimal(row[name])) for name in ("last", "min", "max"))
         total = int(Decimal(row["sum"]).scaleb(self.scale))
         when = round(float(row["at"]) * 1e6)
-        return b"", Noted(last, when, least, most, total, int(row["count"]))
+        many = int(str(row["count"]))
+        if not (0 <= when < EXACT and 0 < many < EXACT):
+            raise ValueError("no gauge was set so often, or then")
+        return b"", Noted(last, when, least, most, total, many)
 
     def units(self, value: Any) -> int:
         """Return a value in units of the scale; raises `UsageError`."""
@@ -241,7 +244,7 @@ class _Gauged(Core[T, C]):
         if at is not None:
             when = int(instant(at, "at") * 1e6)
         else:
-            when = _NOW if self._coalescer is None else int(self.layout.now() * 1e6)
+            when = _NOW if self._coalescer is None else int(self.layout.noted() * 1e6)
         return Draft(_keys.id_bytes(key, "series"), Noted(units, when, units, units, units, 1), at)
 
     def _mean(self, noted: Noted) -> Number:

@@ -104,7 +104,7 @@ class Histograms(Sums):
 
     def entry(self, row: Mapping[str, Any]) -> tuple[bytes, Amounts]:
         """Return bin and count."""
-        return _bin(float(row["seconds"])), (int(row["count"]),)
+        return _bin(float(row["seconds"])), (_some(row["count"]),)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,6 +177,13 @@ class Histogram:
             max(self.resolution, other.resolution),
             self.complete and other.complete,
         )
+
+
+def _some(text: Any) -> int:
+    count = int(str(text))
+    if count < 1:
+        raise ValueError("a count is positive")
+    return count
 
 
 def _middle(number: int) -> float:

@@ -118,7 +118,7 @@ def _runs(rungs: Sequence[Rung], low: int, high: int, now: int) -> list[tuple[Ru
         if first < left:
             before.append((rung, first, left))
             left = first
-        if right < last:
+        if right < last and rung.horizon(now) <= right:
             after.append((rung, right, last))
             right = last
     before.reverse()

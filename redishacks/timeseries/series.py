@@ -95,7 +95,7 @@ class Sums(Kind):
 
     def entry(self, row: Mapping[str, Any]) -> tuple[bytes, Amounts]:
         """Return the value."""
-        return b"", (int(row["value"]),)
+        return b"", (int(str(row["value"])),)
 
 
 class _Counted(Core[T, C]):

@@ -28,6 +28,7 @@ from __future__ import annotations
 import dataclasses
 import datetime as dt
 import heapq
+import secrets
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, overload
@@ -59,10 +60,10 @@ class Summary:
         fields = raw.items() if isinstance(raw, dict) else zip(raw[::2], raw[1::2], strict=True)
         found = dict(fields)
         self.size = sum(map(len, found)) + sum(map(len, found.values()))
-        head = found.pop(b"", b"0 0")
+        head = found.pop(b"", b"0 0 0")
         try:
             self.head = head.decode()
-            self.total, self.lacks = map(int, head.split())
+            self.total, self.lacks, _ = map(int, head.split())
             self.counts = {member: int(count) for member, count in found.items()}
         except ValueError:
             raise ServerError("ERR this key is no summary of members") from None
@@ -131,7 +132,7 @@ class Tops(Kind):
             cut = sorted(counts.values(), reverse=True)[self._keep]
             counts = {member: count - cut for member, count in counts.items() if count > cut}
             lacks += cut
-        fields: list[str | bytes] = ["", f"{total} {lacks}"]
+        fields: list[str | bytes] = ["", f"{total} {lacks} {secrets.randbelow(EXACT)}"]
         for member, count in counts.items():
             fields += (member, str(count))
         return fields
@@ -143,7 +144,10 @@ class Tops(Kind):
     def entry(self, row: Mapping[str, Any]) -> tuple[bytes, Amounts]:
         """Return member and count."""
         member = _keys.unquote_bytes(str(row["member"]).encode())
-        return member, (int(row["count"]), int(row["lacks"]))
+        count, lacks = int(str(row["count"])), int(str(row["lacks"]))
+        if count < bool(member) or lacks < 0:
+            raise ValueError("counts are positive")
+        return member, (count, lacks)
 
 
 def _only(reply: Any) -> list[Any]:
