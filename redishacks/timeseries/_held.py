@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from redishacks import _keys
 from redishacks._buffer import Items
+from redishacks._clock import clock
 from redishacks._command import Command
 from redishacks.errors import UnavailableError
 from redishacks.timeseries._kind import Amounts, Hit
@@ -35,9 +36,26 @@ class Batcher(Layout):
         """Why a hit is refused for good."""
         return f"it is older than all that is kept, or {self.kind.limit}"
 
+    #: What hits are noted with, and until when, by the clock of this machine.
+    _stamp, _stamp_ends = "", 0.0
+
     def stamp(self) -> str:
         """Return the bucket of now."""
-        return str(self.begins(self.now())) if self.rungs else f"~{int(self.noted())}"
+        now = clock()
+        if now >= self._stamp_ends:
+            if self.rungs:
+                time = self.now()
+                begins = self.begins(time)
+                self._stamp, ends = str(begins), now + begins + self.step - time
+            else:
+                self._stamp, ends = f"~{int(self.noted())}", now
+            self._stamp_ends = ends
+        return self._stamp
+
+    def learn(self, micros: int) -> None:
+        """Hear the server's time, in µs."""
+        super().learn(micros)
+        self._stamp_ends = 0.0
 
     def label(self, stamp: str, key: bytes, member: bytes) -> bytes:
         """Return a hit's id in the buffer."""
