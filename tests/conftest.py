@@ -34,7 +34,10 @@ def pytest_configure() -> None:
 
 
 def pytest_runtestloop(session: pytest.Session) -> bool | None:
-    """With --share, run each test that no other run has taken; the second run goes backwards."""
+    """With --share, run each test that no other run has taken.
+
+    The second run goes backwards, and others begin in the middle.
+    """
     directory = session.config.getoption("--share")
     if not directory or session.testsfailed or session.config.option.collectonly:
         return None
@@ -47,8 +50,12 @@ def pytest_runtestloop(session: pytest.Session) -> bool | None:
         return False
 
     files = [list(items) for _, items in itertools.groupby(session.items, lambda item: item.path)]
-    if taken("the first run"):
+    run = next(number for number in itertools.count() if not taken(f"run {number}"))
+    if run == 1:
         files.reverse()
+    elif run > 1:
+        half = len(files) // 2
+        files = files[half:] + files[:half]
     mine = (item for items in files for item in items if not taken(item.nodeid))
     # What a test shares with the next one of the same run is torn down later.
     item, following = next(mine, None), next(mine, None)
