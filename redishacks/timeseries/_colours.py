@@ -115,8 +115,9 @@ class SyncSeries(Lingering, Core[Transport, Coalescer]):
     ) -> int:
         """Add a resolution to those in use; returns since when it is read, in seconds since 1970.
 
-        That is in some minutes: by then all who write know of it. Nobody need be restarted. Raises
-        `UsageError` where it does not fit in with the others.
+        That is some minutes later at the earliest, when all who write know of it, and where a
+        bucket of the next coarser resolution begins. Nobody need be restarted. Raises `UsageError`
+        where it does not fit in with the others.
         """
         return self._ask(add_resolution(self.layout, resolution, since))
 

@@ -13,7 +13,7 @@ import secrets
 from redishacks import _keys
 from redishacks._command import Steps, ask
 from redishacks._keys import Id
-from redishacks.errors import MaybeAppliedError, UsageError
+from redishacks.errors import MaybeAppliedError, UnavailableError, UsageError
 from redishacks.timeseries._contents import contents, packs
 from redishacks.timeseries.commands import Buckets, Folded, Layout
 
@@ -35,7 +35,9 @@ def merge(layout: Layout, source: Id, target: Id) -> Steps[None]:
         yield from _finish(layout, from_, batch, where)
         if batch == ours:  # else that was what somebody had begun before
             return
-    raise layout.late()
+    raise UnavailableError(
+        f"series {_keys.id_shown(from_)!r}: others begin to merge it all the time; nothing is lost"
+    )
 
 
 def _finish(layout: Layout, source: bytes, batch: str, target: bytes) -> Steps[None]:

@@ -95,8 +95,7 @@ class Layout:
         #: When that was read, in seconds of the server's clock.
         self._viewed = 0.0
         #: What was said to add to the bucket of now; see `now_hit`.
-        self._said_for: tuple[int, int, Ladder] | None = None
-        self._said: dict[tuple[bytes, Amounts], Command[Applied]] = {}
+        self._said: tuple[Any, dict[tuple[bytes, Amounts], Command[Applied]]] = (None, {})
         self._wanted = wanted
         self._prefix = _keys.check_name(prefix, "prefix")
         self._name = _keys.check_name(name, "a series' name")
@@ -255,9 +254,10 @@ class Layout:
         All hits of a bucket that are alike say the same: that is kept until the next one begins.
         """
         until = self.until()
-        if self._said_for != (hit.time, until, self.rungs):
-            self._said_for, self._said = (hit.time, until, self.rungs), {}
-        said = self._said
+        when, said = self._said
+        if when != (hit.time, until, self.rungs):
+            said = {}
+            self._said = (hit.time, until, self.rungs), said
         about = hit.key, hit.amounts
         found = None if hit.member else said.get(about)
         if found is None:
