@@ -181,7 +181,7 @@ def test_arrays_are_ones_own() -> None:
         times, values = points.to_numpy()
         assert (values.tolist(), times.astype(int)[0]) == ([1, 2, 3], START)
         values += 1
-        times += 1
+        times += np.timedelta64(1, "s")
 
 
 # pandas

@@ -195,7 +195,8 @@ def tls_in_front(server: Server) -> Iterator[int]:
             task.cancel()
         await asyncio.gather(*copies, return_exceptions=True)
         for each in (ours, writer):
-            each.close()
+            each.transport.abort()  # at once: the loop may be about to end
+        await asyncio.sleep(0)
 
     async def main() -> None:
         listening = await asyncio.start_server(relay, "127.0.0.1", 0, ssl=context)
