@@ -569,22 +569,23 @@ def test_algorithms_do_not_meet(colour: Colour, valkey: Any, prefix: str) -> Non
             assert [limiter.hit("u").allowed for _ in range(3)] == [True, True, False]
 
 
-def test_a_window_takes_little_memory(valkey: Any, prefix: str) -> None:
+def test_a_window_takes_little_memory() -> None:
     """At most 250 bytes for a key of 24 bytes, whatever the limit, with hits in all its buckets."""
-    for amount in (20, 65_535, 65_536, 2**32, 10**12):
-        limiter = RateLimiter(valkey.url, "api", Limit(amount, 60), prefix="rh")
-        sizes = []
-        with valkey.client() as client:
-            for n in range(9):
-                question = limiter.layout.question("k" * 23 + str(n), limiter.limits)
-                client.delete(*question.keys)
-                for bucket in range(31):
-                    command = limiter.layout.decide(question, "charge")
-                    now = 1_800_000_000_000_000 + bucket * 2_000_000
-                    limiter.transport.call(command._replace(args=(*command.args, str(now))), 5)
-                sizes.append(client.memory_usage(question.keys[0]))
-        # An allocator that is in use gives more than it was asked for, at times to most.
-        assert min(sizes) <= 250, (amount, sizes)
+    # On a server of its own: an allocator that is in use gives more than it was asked for.
+    with valkey_server() as server:
+        for amount in (20, 65_535, 65_536, 2**32, 10**12):
+            limiter = RateLimiter(server.url, "api", Limit(amount, 60), prefix="rh")
+            sizes = []
+            with server.client() as client:
+                for n in range(9):
+                    question = limiter.layout.question("k" * 23 + str(n), limiter.limits)
+                    client.delete(*question.keys)
+                    for bucket in range(31):
+                        command = limiter.layout.decide(question, "charge")
+                        now = 1_800_000_000_000_000 + bucket * 2_000_000
+                        limiter.transport.call(command._replace(args=(*command.args, str(now))), 5)
+                    sizes.append(client.memory_usage(question.keys[0]))
+            assert statistics.median(sizes) <= 250, (amount, sizes)
 
 
 def test_on_a_cluster(colour: Colour, cluster: Any, prefix: str) -> None:
