@@ -9,6 +9,7 @@ import itertools
 import json
 import math
 import os
+import statistics
 import subprocess
 import sys
 import textwrap
