@@ -534,6 +534,27 @@ def test_a_writer_that_slept_does_not_miss_a_new_resolution(server: Server) -> N
     assert series.sum("a", late - 60, late + 1) == 0
 
 
+@pytest.mark.parametrize("kind", ["sum", "top"])
+def test_what_is_merged_or_deleted_too_late_is_left(
+    server: Server, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There may be resolutions by then that it knows nothing of."""
+    series = MAKE[kind](server.url, f"slow{next(numbers)}")
+    now = int(time.time())
+    series.incr("a", *["m"] * (kind == "top"))
+    before = sorted(series.export())
+    layout = series.layout
+    monkeypatch.setattr(layout, "until", lambda: now * 1_000_000)
+    with pytest.raises(UnavailableError, match="others begin to merge"):
+        series.merge("a", "b")
+    with pytest.raises(UnavailableError, match="nothing was deleted"):
+        series.delete("a", now // HOUR * HOUR, now // HOUR * HOUR + HOUR)
+    assert sorted(series.export()) == before
+    monkeypatch.undo()
+    series.merge("a", "b")
+    assert list(series.keys()) == ["b"]
+
+
 @pytest.mark.parametrize(
     ("resolution", "message"),
     [

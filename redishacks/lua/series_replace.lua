@@ -1,15 +1,20 @@
 -- Put buckets in the place of others, and remove some, unless somebody has written meanwhile.
 --
--- EVALSHA sha n bucket [bucket ...]  {expected expires count part [part ...]} ...
+-- EVALSHA sha n bucket [bucket ...]  latest {expected expires count part [part ...]} ...
 -- KEYS     buckets that are replaced, one for each group of ARGV, and then those that are removed:
 --          strings, or hashes with a field '' that every write changes
+-- latest   µs since 1970: nothing is done from then on
 -- expected  SHA-1 of the string, or the field ''; '' when there is no such key
 -- count, part  1 for a string, the field and the value of each for a hash, none to remove it. TTL
 --          until `expires`, seconds since 1970. A count of -1 leaves it as it is
--- Reply: 1 done, 0 somebody has written: nothing was done
+-- Reply: 1 done, 0 somebody has written, or it is too late: nothing was done
 
 local call = redis.call
-local at, groups = 1, {}
+local time = call('TIME')
+if time[1] * 1000000 + time[2] >= tonumber(ARGV[1]) then
+  return 0
+end
+local at, groups = 2, {}
 while ARGV[at] do
   local key, expected, count = KEYS[#groups + 1], ARGV[at], tonumber(ARGV[at + 2])
   local kind, found = call('TYPE', key).ok, ''

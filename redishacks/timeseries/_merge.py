@@ -29,9 +29,12 @@ def merge(layout: Layout, source: Id, target: Id) -> Steps[None]:
         yield from layout.agree()
         ours = secrets.token_hex(8)
         try:
-            batch, where = yield from ask(layout.move(from_, ours, to, packs(layout)))
+            moved = yield from ask(layout.move(from_, ours, to, packs(layout)))
         except MaybeAppliedError:
             continue  # if it was, it is what is under way now
+        if moved is None:
+            continue  # it came so late that there may be other resolutions
+        batch, where = moved
         yield from _finish(layout, from_, batch, where)
         if batch == ours:  # else that was what somebody had begun before
             return

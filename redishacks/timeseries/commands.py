@@ -362,13 +362,16 @@ class Layout:
 
     def move(
         self, key: bytes, batch: str, target: bytes, packs: Sequence[tuple[Rung, int]]
-    ) -> Command[tuple[str, bytes]]:
-        """Take all buckets of a series away; says which batch is under way, and where it goes."""
+    ) -> Command[tuple[str, bytes] | None]:
+        """Take all buckets of a series away; says which batch is under way, and where it goes.
+
+        None when what is known of resolutions is too old.
+        """
         deletes = self._fence(self.partition(key), "d" + _keys.quote_bytes(key))
         keys = [self._note(key), deletes]
         for rung, pack in packs:
             keys += self.at(key, rung, pack), self.moved(key, batch, rung, pack)
-        args = batch, target, str(self.longest)
+        args = batch, target, str(self.longest), str(self.until())
         return Command(args, tuple(keys), _batch, script("series_move"), bulk=True)
 
     def drop(self, key: bytes, batch: str, packs: Sequence[tuple[Rung, int]]) -> Command[int]:
@@ -388,8 +391,11 @@ class Layout:
         removed: Sequence[Buckets],
         unchanged: Sequence[tuple[Buckets, str]] = (),
     ) -> Command[bool]:
-        """Put keys in the place of those of stated versions, and remove some; or do nothing."""
-        words: list[str | bytes] = []
+        """Put keys in the place of those of stated versions, and remove some; or do nothing.
+
+        That is when there is another version, or what is known of resolutions is too old.
+        """
+        words: list[str | bytes] = [str(self.until())]
         for _, version in unchanged:
             words += (version, "0", "-1")
         for buckets, version, parts in replaced:
@@ -453,8 +459,8 @@ class Layout:
         return self.kind.read([head + end for head in map(self.head, keys) for end in ends])
 
 
-def _batch(reply: list[bytes]) -> tuple[str, bytes]:
-    return reply[0].decode(), reply[1]
+def _batch(reply: list[bytes] | None) -> tuple[str, bytes] | None:
+    return (reply[0].decode(), reply[1]) if reply else None
 
 
 def _applied(reply: list[int]) -> Applied:

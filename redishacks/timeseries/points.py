@@ -107,7 +107,7 @@ class Series(Sequence[tuple[int, Number | None]]):
         return self.times[index], self.values[index]
 
     def __iter__(self) -> Iterator[tuple[int, Number | None]]:
-        return zip(self.times, self.values, strict=True)
+        return zip(self.times, self._values, strict=True)
 
     def __repr__(self) -> str:
         return f"<Series of {len(self)} points {self.sparkline(40)}>"
