@@ -33,17 +33,18 @@ class Observed:
         try:
             result = self._transport.call(command, deadline)
         except BaseException as error:
-            _tell(self._hook, self._transport, command, started, error)
+            _tell(self._hook, self._transport, command, monotonic() - started, error)
             raise
-        _tell(self._hook, self._transport, command, started, None)
+        _tell(self._hook, self._transport, command, monotonic() - started, None)
         return result
 
     def run(self, commands: Sequence[Command[T]], deadline: float) -> list[Outcome[T]]:
         """Say several; every one ends as a value or an error, in order."""
         started = monotonic()
         outcomes = self._transport.run(commands, deadline)
+        seconds = monotonic() - started
         for command, outcome in zip(commands, outcomes, strict=True):
-            _tell(self._hook, self._transport, command, started, outcome.error)
+            _tell(self._hook, self._transport, command, seconds, outcome.error)
         return outcomes
 
     def close(self) -> None:
@@ -73,17 +74,18 @@ class AsyncObserved:
         try:
             result = await self._transport.call(command, deadline)
         except BaseException as error:
-            _tell(self._hook, self._transport, command, started, error)
+            _tell(self._hook, self._transport, command, monotonic() - started, error)
             raise
-        _tell(self._hook, self._transport, command, started, None)
+        _tell(self._hook, self._transport, command, monotonic() - started, None)
         return result
 
     async def run(self, commands: Sequence[Command[T]], deadline: float) -> list[Outcome[T]]:
         """Say several; every one ends as a value or an error, in order."""
         started = monotonic()
         outcomes = await self._transport.run(commands, deadline)
+        seconds = monotonic() - started
         for command, outcome in zip(commands, outcomes, strict=True):
-            _tell(self._hook, self._transport, command, started, outcome.error)
+            _tell(self._hook, self._transport, command, seconds, outcome.error)
         return outcomes
 
     async def aclose(self) -> None:
@@ -104,10 +106,9 @@ def _tell(
     hook: Hook,
     transport: SyncTransport | AsyncTransport,
     command: Command[Any],
-    started: float,
+    seconds: float,
     error: BaseException | None,
 ) -> None:
-    seconds = monotonic() - started
     try:
         hook(name(command), transport.where(command), seconds, error)
     except Exception:
