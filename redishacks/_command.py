@@ -66,6 +66,8 @@ class Command(NamedTuple, Generic[T]):
     bulk: bool = False
     #: What goes on the wire, when it is said so often that encoding it once pays.
     packed: bytes | None = None
+    #: The node that it goes to whatever its keys: its address, as the transport knows it.
+    node: tuple[str, int] | None = None
 
 
 class Outcome(NamedTuple, Generic[T]):

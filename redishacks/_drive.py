@@ -14,14 +14,18 @@ from redishacks._command import Ask, Call, Command, Effect, Meanwhile, Outcome, 
 T = TypeVar("T")
 
 
-class Transport(Protocol):
-    """How commands reach a server, sync; `deadline` is seconds for the whole exchange."""
+class Exchange(Protocol):
+    """How steps say commands, sync; `deadline` is seconds for the whole exchange."""
 
     def call(self, command: Command[T], deadline: float) -> T:
         """Say one command, return its result or raise its error."""
 
     def run(self, commands: Sequence[Command[T]], deadline: float) -> list[Outcome[T]]:
         """Say several, one write per node; every one ends as a value or an error, in order."""
+
+
+class Transport(Exchange, Protocol):
+    """How commands reach a server, sync."""
 
     def close(self) -> None:
         """Close idle connections; the next call opens new ones."""
@@ -30,14 +34,18 @@ class Transport(Protocol):
         """Name the node that a command goes to."""
 
 
-class AsyncTransport(Protocol):
-    """The same for asyncio."""
+class AsyncExchange(Protocol):
+    """How steps say commands, in asyncio."""
 
     async def call(self, command: Command[T], deadline: float) -> T:
         """Say one command, return its result or raise its error."""
 
     async def run(self, commands: Sequence[Command[T]], deadline: float) -> list[Outcome[T]]:
         """Say several, one write per node; every one ends as a value or an error, in order."""
+
+
+class AsyncTransport(AsyncExchange, Protocol):
+    """How commands reach a server, in asyncio."""
 
     async def aclose(self) -> None:
         """Close this loop's connections; the next call opens new ones."""
@@ -46,7 +54,7 @@ class AsyncTransport(Protocol):
         """Name the node that a command goes to."""
 
 
-def perform(effect: Effect, transport: Transport | None, deadline: float) -> Any:
+def perform(effect: Effect, transport: Exchange | None, deadline: float) -> Any:
     """Carry out one effect."""
     if type(effect) is Command:  # by far the most
         assert transport is not None
@@ -66,7 +74,7 @@ def perform(effect: Effect, transport: Transport | None, deadline: float) -> Any
     raise TypeError(effect)
 
 
-async def perform_async(effect: Effect, transport: AsyncTransport | None, deadline: float) -> Any:
+async def perform_async(effect: Effect, transport: AsyncExchange | None, deadline: float) -> Any:
     """Carry out one effect; a sync function is called in a thread, since it may block."""
     if isinstance(effect, Call):
         if inspect.iscoroutinefunction(effect.function):
@@ -88,7 +96,7 @@ async def perform_async(effect: Effect, transport: AsyncTransport | None, deadli
     return await transport.call(effect, deadline)
 
 
-def drive(steps: Steps[T], transport: Transport | None = None, deadline: float = 1.0) -> T:
+def drive(steps: Steps[T], transport: Exchange | None = None, deadline: float = 1.0) -> T:
     """Run steps to their end; an effect that fails is thrown into them."""
     move: Callable[[Any], Effect] = steps.send
     value: Any = None
@@ -107,7 +115,7 @@ def drive(steps: Steps[T], transport: Transport | None = None, deadline: float =
 
 
 async def drive_async(
-    steps: Steps[T], transport: AsyncTransport | None = None, deadline: float = 1.0
+    steps: Steps[T], transport: AsyncExchange | None = None, deadline: float = 1.0
 ) -> T:
     """Run steps to their end in a task; a cancellation is thrown into them too."""
     move: Callable[[Any], Effect] = steps.send

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import redis
 
-from redishacks._command import Command
+from redishacks._command import Command, Outcome
 from redishacks._slots import key_slot
 from redishacks._transport import _cluster
 from redishacks._transport._cluster import SlotMap
@@ -216,18 +216,30 @@ def test_a_cluster_that_is_gone(colour: Colour) -> None:
             assert isinstance(one.run([incr("k")])[0].error, UnavailableError)
 
 
+def asked_in_vain(slots: SlotMap) -> list[Any]:
+    """Return whom it asks for the map when nobody answers."""
+    steps, asked = slots.refresh(), []
+    effect: Any = next(steps)
+    while True:
+        asked.append(effect.commands[0].node)
+        try:
+            effect = steps.send([Outcome(None, UnavailableError("away"))])
+        except StopIteration:
+            return asked
+
+
 def test_the_slot_map() -> None:
     """The reply of CLUSTER SLOTS, with missing hosts, unknown names and remapped addresses."""
     slots = SlotMap([("start", 1)], lambda node: (node[0], node[1] + 1000))
-    assert not slots.known
-    assert slots.candidates() == [("start", 1)]
+    assert slots.view is None
+    assert asked_in_vain(slots) == [("start", 1)]
     reply = [
         [0, 99, [b"a", 1, b"id"], [b"replica", 2, b"id"]],
         [100, 16382, [b"", 3, b"id"]],
         [16383, 16383, [b"?", 4, b"id"]],
     ]
     slots.load(reply, ("asked", 9))
-    assert slots.known
+    assert slots.view is slots
     assert slots.nodes() == {("a", 1001), ("asked", 1003), ("replica", 1002), ("start", 1)}
     by_slot = {key_slot(b"%d" % n): b"%d" % n for n in range(200_000)}
     assert slots.route([by_slot[99]]) == ("a", 1001)
@@ -236,13 +248,13 @@ def test_the_slot_map() -> None:
     assert not slots.stale
     slots.doubt(("a", 1001))
     assert slots.stale
-    assert slots.candidates()[-1] == ("a", 1001)
+    assert asked_in_vain(slots)[-1] == ("a", 1001)
     slots.moved(99, ("b", 5))
     assert slots.route([by_slot[99], b"{%s}x" % by_slot[99]]) == ("b", 5)
     assert slots.where([by_slot[99]]) == "b:5"
     assert {slots.route([], avoid=("a", 1001)) for _ in range(50)} == {("asked", 1003), ("b", 5)}
     slots.load([], ("asked", 9))  # a node that knows nothing is not believed
-    assert slots.known
+    assert slots.view is slots
     assert slots.due(0.0)
     assert not slots.due(_cluster.PATIENCE / 2)
     assert slots.due(_cluster.PATIENCE * 2)

@@ -34,12 +34,12 @@ import redis
 import redis.asyncio
 
 from redishacks._command import Command
-from redishacks._transport import _settings
+from redishacks._transport import _cluster, _settings
 from redishacks._transport._async import AsyncTransport
-from redishacks._transport._cluster import SlotMap
 from redishacks._transport._listener import AsyncListener, Listener
 from redishacks._transport._observe import AsyncObserved, Hook, Observed
 from redishacks._transport._registry import registry
+from redishacks._transport._routes import Routes
 from redishacks._transport._settings import Settings
 from redishacks._transport._sync import SyncTransport
 from redishacks._transport._wire import Form, pack
@@ -89,13 +89,13 @@ def packed(command: Command[T]) -> Command[T]:
     return command._replace(packed=pack(command))
 
 
-def _read(client: Any, *, asynchronous: bool) -> tuple[Settings, SlotMap | None]:
+def _read(client: Any, *, asynchronous: bool) -> tuple[Settings, Routes | None]:
     if isinstance(client, str):
         return _settings.from_url(client), None
     if isinstance(client, redis.RedisCluster | redis.asyncio.RedisCluster):
         is_async = isinstance(client, redis.asyncio.RedisCluster)
         _check_colour(client, asynchronous, is_async)
-        return _settings.from_cluster(client)
+        return _cluster.from_cluster(client)
     pool = getattr(client, "connection_pool", None)
     kind = getattr(pool, "connection_class", None)
     if kind is None:

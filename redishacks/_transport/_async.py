@@ -10,24 +10,19 @@ from __future__ import annotations
 import asyncio
 import weakref
 from collections.abc import AsyncGenerator, Hashable, Sequence
+from math import inf
 from time import monotonic
 from typing import Any, Protocol, TypeVar
 
 from hiredis import ReplyError
 
 from redishacks._command import Command, Outcome
-from redishacks._transport import _cluster
+from redishacks._drive import drive_async
 from redishacks._transport._async_link import Link, open_link
-from redishacks._transport._cluster import SlotMap
-from redishacks._transport._decide import (
-    CONNECT_DEADLINE,
-    Lost,
-    Message,
-    Refused,
-    Talk,
-    Unreachable,
-)
+from redishacks._transport._decide import CONNECT_DEADLINE, Message, Talk
 from redishacks._transport._foreign import ForeignNode
+from redishacks._transport._loss import Lost, Refused, Unreachable
+from redishacks._transport._routes import Routes, View, settings_for
 from redishacks._transport._settings import Settings
 from redishacks._transport._socket import CLOSED
 from redishacks._transport._wire import PING, Address, pack, show
@@ -129,17 +124,21 @@ class Node:
         """Return the shared connection if it can be written to at once."""
         return self._shared.ready(now)
 
-    async def exchange(self, talk: Talk[Any], message: Message) -> Sequence[Any]:
-        """Say a message; raises `Lost` once it may have been written."""
+    async def exchange(self, talk: Talk[Any], message: Message) -> None:
+        """Say a message, and tell the talk what came of it; raises `Lost` before it was written."""
         lane = self._bulk if message.bulk else self._shared
         link = await lane.borrow(talk)
         if monotonic() >= talk.end:
             raise Lost("no time was left to send it", written=False)
-        waiting = await link.submit_in_turn(message.data, message.replies, talk.end)
+        submitted = await link.submit_in_turn(talk, message)
+        if submitted is None:
+            return
+        told, waiting = submitted
         replies = await waiting
         if isinstance(replies, Lost):
-            raise replies
-        return replies  # type: ignore[no-any-return]
+            talk.lost(told, replies)
+        else:
+            talk.answered(told, replies)
 
     def retire(self) -> None:
         """Use other connections from now on."""
@@ -175,19 +174,19 @@ class Site:
         loop: asyncio.AbstractEventLoop,
         settings: Settings,
         sites: dict[int, Site],
-        *,
-        cluster: bool,
+        routes: Routes | None,
     ) -> None:
         self.loop = loop
         self._settings = settings
         self._sites = sites
+        self._routes = routes
         self._nodes: dict[Address, Node | ForeignNode] = {}
         #: Those too that have left the cluster, while an exchange with them is under way.
         self._known: weakref.WeakSet[Node | ForeignNode] = weakref.WeakSet()
         self.guests: weakref.WeakSet[Guest] = weakref.WeakSet()
         #: What tools have once per server and loop, by their own names.
         self.single: dict[str, Any] = {}
-        self.only = None if cluster else self.node(settings.address)
+        self.only = None if routes is not None else self.node(settings.address)
         # asyncio.run() ends a loop's async generators before it closes the loop: our cue.
         self._guard = self._until_shutdown()
         try:
@@ -200,8 +199,8 @@ class Site:
         node = self._nodes.get(address)
         if node is None:
             settings = self._settings
-            if address != settings.address:
-                settings = settings.at(address)
+            if self._routes is not None:
+                settings = self._routes.settings(address, settings)
             node = ForeignNode(settings) if settings.foreign else Node(self.loop, settings)
             self._nodes[address] = node
             self._known.add(node)
@@ -240,9 +239,9 @@ class Site:
 class AsyncTransport:
     """Commands to one server, or to the nodes of a cluster, from any event loop."""
 
-    def __init__(self, settings: Settings, slots: SlotMap | None = None) -> None:
+    def __init__(self, settings: Settings, routes: Routes | None = None) -> None:
         self._settings = settings
-        self._slots = slots
+        self._routes = routes
         #: By the id of the loop, which the site keeps alive.
         self._sites: dict[int, Site] = {}
 
@@ -260,9 +259,9 @@ class AsyncTransport:
         """
         now = monotonic()
         site = self._sites.get(id(asyncio.get_running_loop())) or self._new_site()
-        node = site.only or self._usual(site, command)
+        node, version = (site.only, 0) if site.only is not None else self._usual(site, command)
         link = None if node is None or command.bulk else node.ready(now)
-        if node is None or link is None:
+        if node is None or link is None or link.version != version or now >= link.due:
             return (await self._converse(site, self._talk((command,), deadline, now)))[0].result()
         data = pack(command)
         if link.full(len(data)):
@@ -296,9 +295,9 @@ class AsyncTransport:
 
     def where(self, command: Command[Any]) -> str:
         """Name the node that a command goes to."""
-        if self._slots is None:
+        if self._routes is None:
             return show(self._settings.address)
-        return self._slots.where(command.keys)
+        return self._routes.where(command.keys)
 
     @property
     def bare(self) -> AsyncTransport:
@@ -313,7 +312,7 @@ class AsyncTransport:
     @property
     def clustered(self) -> bool:
         """Whether keys of one command must share a slot."""
-        return self._slots is not None
+        return self._routes is not None
 
     @property
     def single(self) -> dict[str, Any]:
@@ -325,9 +324,9 @@ class AsyncTransport:
 
         None for a connection class that we do not know.
         """
-        if self._settings.foreign is not None or self._slots is None:
-            return None if self._settings.foreign is not None else self._settings
-        return self._settings.at(self._slots.route(command.keys))
+        if self._settings.foreign is not None:
+            return None
+        return settings_for(self._routes, self._settings, command)
 
     def adopt(self, guest: Guest) -> None:
         """Close its connections with those of this loop."""
@@ -340,10 +339,10 @@ class AsyncTransport:
         sent whole, since nobody is there to do that later.
         """
         site = self._site()
-        node = site.only or self._usual(site, command)
+        node, version = (site.only, 0) if site.only is not None else self._usual(site, command)
         link = None if node is None else node.ready(monotonic())
         data = pack(command, whole=True)
-        if link is None or link.full(len(data)):
+        if link is None or link.full(len(data)) or link.version != version:
             return None
         return link.submit(data, None, monotonic() + deadline)
 
@@ -357,26 +356,30 @@ class AsyncTransport:
                 site.abandon()
                 del self._sites[key]
         loop = asyncio.get_running_loop()
-        site = Site(loop, self._settings, self._sites, cluster=self._slots is not None)
+        site = Site(loop, self._settings, self._sites, self._routes)
         self._sites[id(loop)] = site
         return site
 
     def _talk(self, commands: Sequence[Command[T]], deadline: float, now: float) -> Talk[T]:
-        return Talk(commands, deadline, now, self._settings.address, self._slots)
+        return Talk(commands, deadline, now, self._settings.address, self._routes)
 
-    def _usual(self, site: Site, command: Command[Any]) -> Node | ForeignNode | None:
-        slots = self._slots
-        if slots is None or slots.stale:
-            return None
-        return site.node(slots.route(command.keys))
+    def _usual(self, site: Site, command: Command[Any]) -> tuple[Node | ForeignNode | None, int]:
+        """Return the node of a command and by which version it is that."""
+        routes = self._routes
+        if routes is None or routes.stale or command.node is not None:
+            return None, 0
+        view = routes.view
+        if view is None or not view.settled:
+            return None, 0
+        return site.node(view.route(command.keys)), view.version
 
     async def _converse(
         self, site: Site, talk: Talk[T], *, begun: bool = False
     ) -> list[Outcome[T]]:
         while True:
             if not begun:
-                if self._slots is not None and self._slots.stale:
-                    await self._refresh(site, self._slots, talk)
+                if self._routes is not None:
+                    await self._prepare(site, self._routes, talk)
                 if monotonic() < talk.end:
                     await self._round(site, talk)
             begun = False
@@ -399,32 +402,62 @@ class AsyncTransport:
 
     async def _say(self, site: Site, talk: Talk[Any], message: Message) -> None:
         try:
-            replies = await site.node(message.node).exchange(talk, message)
+            await site.node(message.node).exchange(talk, message)
         except Lost as loss:
             talk.lost(message, loss)
         except (Unreachable, Refused, RedisHacksError) as error:
             talk.unsaid(message, error)
-        else:
-            talk.answered(message, replies)
 
-    async def _refresh(self, site: Site, slots: SlotMap, talk: Talk[Any]) -> None:
-        """Read the slot map from the first node that gives it."""
-        started = now = monotonic()
-        if not slots.due(now) and slots.known:
-            return
-        # The first map is part of connecting; a later one must not cost more than the command may.
-        give_up = talk.end if slots.known else now + CONNECT_DEADLINE
-        for address in slots.candidates():
-            limit = min(talk.deadline, give_up - now)
-            question = Talk((_cluster.QUESTION,), limit, now, address)
-            await self._round(site, question)
-            question.rest(float("inf"))
-            reply = question.results()[0].value
-            now = monotonic()
-            if reply is not None:
-                slots.load(reply, address)
-                site.keep(slots.nodes())
-                talk.connected(now - started)
-                return
-            if now >= give_up:
-                return
+    async def _prepare(self, site: Site, routes: Routes, talk: Talk[Any]) -> None:
+        """See that it is known who has which keys, and that those are there."""
+        now = monotonic()
+        if routes.stale and (routes.due(now) or routes.view is None):
+            # Reading it first is part of connecting; later it must not cost more than a command.
+            first = routes.view is None
+            give_up = now + CONNECT_DEADLINE if first else talk.end
+            await drive_async(routes.refresh(), _Within(self, site, talk, give_up))
+            if not routes.stale:
+                site.keep(routes.nodes())
+                talk.connected(monotonic() - now)
+        pending = talk.to_pull()
+        if pending is not None:
+            view, keys = pending
+            try:
+                await drive_async(view.pull(keys), _Within(self, site, talk, talk.end, view))
+            except RedisHacksError as error:
+                talk.pulled(view, keys, error)
+            else:
+                talk.pulled(view, keys, None)
+
+    async def once(
+        self, site: Site, commands: Sequence[Command[T]], limit: float, view: View | None
+    ) -> list[Outcome[T]]:
+        """Say commands once, in the middle of a talk, by what is known or by a view."""
+        inner = Talk(commands, limit, monotonic(), self._settings.address, self._routes, view)
+        await self._round(site, inner)
+        inner.rest(inf)
+        return inner.results()
+
+
+class _Within:
+    """How steps say what they must in the middle of a talk."""
+
+    def __init__(
+        self,
+        transport: AsyncTransport,
+        site: Site,
+        talk: Talk[Any],
+        give_up: float,
+        view: View | None = None,
+    ) -> None:
+        self._transport, self._site = transport, site
+        self._talk, self._give_up, self._view = talk, give_up, view
+
+    async def call(self, command: Command[T], deadline: float) -> T:
+        """Say one once, in the time that is left."""
+        return (await self.run((command,), deadline))[0].result()
+
+    async def run(self, commands: Sequence[Command[T]], deadline: float) -> list[Outcome[T]]:
+        """Say several once, in the time that is left."""
+        limit = min(self._talk.deadline, self._give_up - monotonic())
+        return await self._transport.once(self._site, commands, limit, self._view)

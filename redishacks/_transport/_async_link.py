@@ -14,6 +14,7 @@ import ssl
 from collections import deque
 from collections.abc import Callable, Iterable
 from itertools import chain
+from math import inf
 from time import monotonic
 from typing import Any
 
@@ -21,7 +22,8 @@ import hiredis
 from hiredis import PushNotification
 
 from redishacks._transport import _sentinel
-from redishacks._transport._decide import CONNECT_DEADLINE, Lost, Unreachable, opened
+from redishacks._transport._decide import CONNECT_DEADLINE, Message, Opening, Talk
+from redishacks._transport._loss import Lost, Unreachable
 from redishacks._transport._settings import Settings
 from redishacks._transport._socket import (
     BACKLOG_PAUSE,
@@ -34,7 +36,7 @@ from redishacks._transport._socket import (
     reason,
 )
 from redishacks._transport._tls import Tls
-from redishacks._transport._wire import MISSING, Address, handshake, new_reader, pack_words
+from redishacks._transport._wire import MISSING, Address, new_reader
 
 #: Bytes on one connection that are queued or not yet answered; more wait for room.
 IN_FLIGHT = 4_000_000
@@ -82,6 +84,7 @@ class Link:
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self.since = monotonic()
+        self.version, self.due = 0, inf
         self.open = True
         self._loop = loop
         self._tls: Tls | None = None
@@ -138,27 +141,36 @@ class Link:
         return self._enter(data, count, end)
 
     async def submit_in_turn(
-        self, data: bytes, count: int | None, end: float
-    ) -> asyncio.Future[Any]:
-        """The same, but wait for room first; raises `Lost` when there is none in time."""
-        if self.full(len(data)):
+        self, talk: Talk[Any], message: Message
+    ) -> tuple[Message, asyncio.Future[Any]] | None:
+        """The same, but wait for room first; raises `Lost` when there is none in time.
+
+        Returns the message as it was written, and None when there must be another plan by now.
+        """
+        size, end = len(message.data), talk.end
+        if self.full(size):
             room: asyncio.Future[None] = self._loop.create_future()
-            self._room.append((room, len(data)))
+            self._room.append((room, size))
             try:
                 async with asyncio.timeout(end - monotonic()):
                     await room
             except BaseException as error:
                 self._room = deque(pair for pair in self._room if pair[0] is not room)
                 if not room.cancelled():  # room was made in the same moment
-                    self._free(len(data))
+                    self._free(size)
                 if isinstance(error, TimeoutError):
                     raise Lost("too much is waiting for replies", written=False) from None
                 raise
             if not self.open:
                 raise Lost(CLOSED, written=False)
         else:
-            self._in_flight += len(data)
-        return self._enter(data, count, end)
+            self._in_flight += size
+        told = talk.addressed(message, self, monotonic())
+        if told is None:
+            self._free(size)
+            return None
+        self._in_flight += len(told.data) - size
+        return told, self._enter(told.data, told.replies, end)
 
     def retire(self) -> None:
         """Close it once what is in flight has been answered."""
@@ -369,15 +381,12 @@ async def open_link(
             async with asyncio.timeout(end - monotonic()):
                 tls = await _secure(loop, sock, settings.tls_context(), settings.host)
         credentials = await settings.credentials_async()
-        opening = handshake(settings.protocol, credentials, settings.client_name, settings.db)
+        opening = Opening(settings, credentials)
         link.begin(sock, tls)
-        data = b"".join(map(pack_words, opening))
-        replies = await link.submit(data, len(opening), end)
+        replies = await link.submit(opening.data, opening.count, end)
         if isinstance(replies, Lost):
-            # A server that is full says so and closes.
-            opened(replies.replies, fresh_credentials=False)
-            raise Unreachable(f"connecting: {replies.why}")
-        opened(replies, fresh_credentials=settings.credential_provider is not None)
+            raise opening.lost(replies)
+        opening.judge(replies, link, monotonic())
         return link
     except BaseException as error:
         link.lose(CLOSED)

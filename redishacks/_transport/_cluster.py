@@ -10,10 +10,13 @@ import random
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from redishacks._command import Command
+import redis
+
+from redishacks._command import Command, Steps, ask_all
 from redishacks._slots import SLOTS, key_slot
-from redishacks._transport._wire import Address, show
-from redishacks.errors import CrossNodeError
+from redishacks._transport._settings import Settings, from_options
+from redishacks._transport._wire import Address, Words, parse_address, show
+from redishacks.errors import CrossNodeError, UsageError
 
 Remap = Callable[[Address], Address]
 
@@ -25,7 +28,12 @@ PATIENCE = 0.1
 
 
 class SlotMap:
-    """The primaries of a cluster by slot."""
+    """The primaries of a cluster by slot: both `Routes` and its `View`, for its nodes redirect."""
+
+    #: Connections need not be told of it.
+    version = 0
+    #: What keys that move need is for the nodes to say.
+    settled = True
 
     def __init__(self, startup: Sequence[Address], remap: Remap | None = None) -> None:
         self._startup = tuple(startup)
@@ -39,9 +47,9 @@ class SlotMap:
         self.stale = True
 
     @property
-    def known(self) -> bool:
-        """Whether any map has been read."""
-        return bool(self._primaries)
+    def view(self) -> SlotMap | None:
+        """Itself, once any map has been read."""
+        return self if self._primaries else None
 
     def doubt(self, node: Address | None = None) -> None:
         """Have the map read again before its next use; not from this node, if it can be helped."""
@@ -77,8 +85,43 @@ class SlotMap:
         self._read_at = now
         return True
 
-    def candidates(self) -> list[Address]:
-        """Return whom to ask for the map: known primaries, replicas, then the startup nodes."""
+    def refresh(self) -> Steps[None]:
+        """Read the map from the first node that gives it."""
+        for address in self._candidates():
+            (outcome,) = yield from ask_all([QUESTION._replace(node=address)])
+            if outcome.error is None:
+                self.load(outcome.value, address)
+                return
+
+    def moving(self, keys: Sequence[bytes]) -> None:
+        """Nothing is to be done before a command."""
+
+    def pull(self, keys: Sequence[bytes]) -> Steps[None]:
+        """Never asked for."""
+        raise NotImplementedError
+
+    def told(self, view: object) -> Sequence[Words]:
+        """Return nothing: connections need not be told."""
+        return ()
+
+    def heard(self, address: Address, replies: Sequence[Any]) -> None:
+        """Take replies to nothing."""
+
+    def settings(self, address: Address, usual: Settings) -> Settings:
+        """Return how to reach a node: as any other one."""
+        return usual if address == usual.address else usual.at(address)
+
+    def redirected(self, code: str, rest: str, asked: Address) -> Address:
+        """Take a node's word for who serves a slot, now (ASK) or from now on (MOVED)."""
+        slot, _, place = rest.partition(" ")
+        target = self.place(parse_address(place, asked))
+        if code == "MOVED":
+            self.moved(int(slot), target)
+            self.doubt()
+        return target
+
+    def _candidates(self) -> list[Address]:
+        # Known primaries, replicas, then the startup nodes.
         primaries = random.sample(self._primaries, len(self._primaries))
         found = dict.fromkeys((*primaries, *self._others, *self._startup))
         return sorted(found, key=lambda node: node == self._suspect)
@@ -123,3 +166,23 @@ class SlotMap:
         if host == "?":  # the node does not know its own host name
             return None
         return self.place((host or asked[0], int(entry[1])))
+
+
+def from_cluster(client: Any) -> tuple[Settings, SlotMap]:
+    """Read a RedisCluster: the settings of its nodes, and the map that they will fill."""
+    options = dict(client.get_connection_kwargs())
+    # The client's own function, which prepares its connections for reads from replicas.
+    options.pop("redis_connect_func", None)
+    if getattr(client, "user_on_connect_func", None) is not None:
+        raise UsageError("a RedisCluster with a redis_connect_func is not supported")
+    kind = options.get("connection_class") or (
+        redis.SSLConnection if options.get("ssl") else redis.Connection
+    )
+    settings = from_options(kind, options)
+    if settings.foreign is not None:
+        raise UsageError(f"a RedisCluster of {kind.__name__} is not supported")
+    manager = client.nodes_manager
+    nodes = [(node.host, int(node.port)) for node in client.get_nodes()]
+    nodes += [(node.host, int(node.port)) for node in manager.startup_nodes.values()]
+    startup = tuple(dict.fromkeys(nodes))
+    return settings.at(startup[0]), SlotMap(startup, manager.address_remap)

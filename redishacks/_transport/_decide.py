@@ -17,8 +17,18 @@ from typing import Any, Generic, NamedTuple, TypeVar
 import hiredis
 
 from redishacks._command import Command, Outcome
-from redishacks._transport._cluster import SlotMap
-from redishacks._transport._wire import ASKING, Address, name, pack, parse_address, show
+from redishacks._transport._loss import Lost, Refused, Unreachable
+from redishacks._transport._routes import COURTESY, PULL, WAIT, Routes, Standing, View
+from redishacks._transport._settings import Settings
+from redishacks._transport._wire import (
+    ASKING,
+    Address,
+    handshake,
+    name,
+    pack,
+    pack_words,
+    show,
+)
 from redishacks.errors import MaybeAppliedError, ServerError, UnavailableError, UsageError
 
 T = TypeVar("T")
@@ -40,24 +50,6 @@ LONGEST_PAUSE = 0.1
 
 # Before version 7 an error inside a script is wrapped, sometimes twice.
 _WRAPPED = re.compile(r"^ERR Error running script .*?(?:@user_script:\s?\d+: )+-?(?=[A-Z]+ )", re.S)
-
-
-class Lost(Exception):
-    """An exchange that did not end: what was written, and the replies until then."""
-
-    def __init__(self, why: str, *, written: bool, replies: Sequence[Any] = ()) -> None:
-        super().__init__(why)
-        self.why = why
-        self.written = written
-        self.replies = replies
-
-
-class Unreachable(Exception):
-    """No connection could be made; nothing was sent."""
-
-
-class Refused(Exception):
-    """A new connection was refused for now; nothing was sent."""
 
 
 def error_text(reply: BaseException) -> str:
@@ -83,6 +75,37 @@ def opened(replies: Iterable[Any], *, fresh_credentials: bool) -> None:
         raise ServerError(text)
 
 
+class Opening:
+    """What a new connection says first, and what becomes of it."""
+
+    def __init__(self, settings: Settings, credentials: Sequence[str]) -> None:
+        self._greeting = greeting = settings.greeting
+        self._fresh = settings.credential_provider is not None
+        #: Of the view that the connection is told to go by.
+        self.version = 0
+        client_name = settings.client_name if greeting is None else None
+        words = handshake(settings.protocol, credentials, client_name, settings.db)
+        self._own = len(words)
+        if greeting is not None:
+            self.version, more = greeting.words()
+            words += more
+        self.count = len(words)
+        self.data = b"".join(map(pack_words, words))
+
+    def judge(self, replies: Sequence[Any], link: Standing, now: float) -> None:
+        """Look at the replies; raises when the connection is of no use."""
+        opened(replies[: self._own], fresh_credentials=self._fresh)
+        if self._greeting is not None:
+            self._greeting.check(self.version, replies[self._own :])
+            link.version, link.due = self.version, now + COURTESY
+
+    def lost(self, loss: Lost) -> Unreachable:
+        """Return what to raise when it was cut off; raises what the server said before."""
+        # A server that is full says so and closes.
+        opened(loss.replies, fresh_credentials=False)
+        return Unreachable(f"connecting: {loss.why}")
+
+
 class Part(NamedTuple):
     """One command of a round: its place in the run, and how to say it."""
 
@@ -100,6 +123,9 @@ class Message(NamedTuple):
     #: How many replies it will have.
     replies: int
     bulk: bool
+    #: By which view it goes, and how many replies come first that are about that.
+    version: int = 0
+    ahead: int = 0
 
 
 class Talk(Generic[T]):
@@ -111,15 +137,20 @@ class Talk(Generic[T]):
         deadline: float,
         now: float,
         home: Address,
-        slots: SlotMap | None = None,
+        routes: Routes | None = None,
+        view: View | None = None,
     ) -> None:
+        """Begin it; `view` is what it goes by, whatever is known by then."""
         self.deadline = deadline
         self.end = now + deadline
         #: Nodes whose connections should not be used again.
         self.estranged: set[Address] = set()
         self._commands = commands
         self._home = home
-        self._slots = slots
+        self._routes = routes
+        self._pinned = view
+        #: Keys that are where `route` says, and by which version.
+        self._pulled: set[tuple[int, bytes]] = set()
         self._open = list(range(len(commands)))
         self._outcomes: list[Outcome[T] | None] = [None] * len(commands)
         self._whole: set[int] = set()
@@ -141,15 +172,43 @@ class Talk(Generic[T]):
         self._grace -= seconds
         self.end += seconds
 
+    def to_pull(self) -> tuple[View, list[bytes]] | None:
+        """Return keys that must be moved to their new node before this round, and by which view."""
+        view = self._view()
+        if view is None or view.settled:
+            return None
+        keys = [
+            key
+            for index in self._open
+            if self._commands[index].node is None
+            and view.moving(self._commands[index].keys) is PULL
+            for key in self._commands[index].keys
+            if (view.version, key) not in self._pulled
+        ]
+        return (view, list(dict.fromkeys(keys))) if keys else None
+
+    def pulled(self, view: View, keys: Sequence[bytes], error: Exception | None) -> None:
+        """Take note that keys were moved, or what hindered it."""
+        if error is None:
+            self._pulled.update((view.version, key) for key in keys)
+            return
+        self._hurry = False
+        for index in self._open:
+            if not set(keys).isdisjoint(self._commands[index].keys):
+                self._last[index] = str(error)
+
     def plan(self) -> list[Message]:
         """Return what to say in this round."""
         groups: dict[Address, list[Part]] = {}
         packed: dict[int, bytes] = {}
+        view = self._view()
         for index in self._open:
+            if view is not None and not view.settled and self._must_wait(index, view):
+                continue
             part = Part(index, index in self._whole, index in self._asking)
             try:
                 packed[index] = pack(self._commands[index], part.whole)
-                node = self._route(index)
+                node = self._route(index, view)
             except UsageError as error:
                 self._settle(index, error)
                 continue
@@ -162,9 +221,27 @@ class Talk(Generic[T]):
                 b"".join(ASKING + packed[i] if asking else packed[i] for i, _, asking in parts),
                 len(parts) + sum(part.asking for part in parts),
                 any(self._commands[part.place].bulk for part in parts),
+                view.version if view is not None else 0,
             )
             for node, parts in groups.items()
         ]
+
+    def addressed(self, message: Message, link: Standing, now: float) -> Message | None:
+        """Return a message as it is to be written to a connection, now and nothing before it.
+
+        None when the connection goes by a newer view: by now there must be another plan.
+        """
+        if message.version == link.version and now < link.due:
+            return message
+        if message.version < link.version:
+            return None
+        view = self._view()
+        if self._routes is None or view is None or view.version != message.version:
+            return None
+        words = self._routes.told(view)
+        link.version, link.due = view.version, now + COURTESY
+        data = b"".join(map(pack_words, words)) + message.data
+        return message._replace(data=data, replies=message.replies + len(words), ahead=len(words))
 
     def first(self, node: Address) -> Message:
         """Describe an attempt at a single command that was made without `plan`."""
@@ -172,7 +249,9 @@ class Talk(Generic[T]):
 
     def answered(self, message: Message, replies: Sequence[Any]) -> None:
         """Take the replies to a message, or the first of them."""
-        at = 0
+        at = message.ahead
+        if at and self._routes is not None and len(replies) >= at:
+            self._routes.heard(message.node, replies[:at])
         for part in message.parts:
             at += part.asking
             if at >= len(replies):
@@ -185,12 +264,12 @@ class Talk(Generic[T]):
         that does no harm, or is in doubt.
         """
         self.answered(message, loss.replies)
-        at = 0
+        at = message.ahead
         for part in message.parts:
             at += part.asking + 1
             if at > len(loss.replies):
                 self._lose(part.place, loss, message.node)
-        self._doubt_slots(message.node)
+        self._doubt(message.node)
 
     def unsaid(self, message: Message, error: Exception) -> None:
         """Take note that there was no connection for a message: nothing was sent."""
@@ -203,7 +282,7 @@ class Talk(Generic[T]):
                 self._down[index] = (message.node, str(error))
             else:
                 self._settle(index, error)
-        self._doubt_slots(message.node)
+        self._doubt(message.node)
 
     def rest(self, now: float) -> float | None:
         """End a round: None when all is settled, else the pause before the next."""
@@ -225,16 +304,33 @@ class Talk(Generic[T]):
             )
         return None
 
-    def _route(self, index: int) -> Address | None:
+    def _view(self) -> View | None:
+        return self._pinned or (self._routes.view if self._routes is not None else None)
+
+    def _must_wait(self, index: int, view: View) -> bool:
+        command = self._commands[index]
+        what = view.moving(command.keys) if command.node is None else None
+        if what is WAIT:
+            self._last[index] = "its keys are about to move to another node"
+            self._hurry = False
+            self._doubt()
+        return what is WAIT or (
+            what is PULL and any((view.version, key) not in self._pulled for key in command.keys)
+        )
+
+    def _route(self, index: int, view: View | None) -> Address | None:
         if index in self._asking:
             return self._asking[index]
+        command = self._commands[index]
         down, why = self._down.get(index, (None, ""))
-        if self._slots is None:
+        if command.node is not None:
+            node: Address = command.node
+        elif self._routes is None:
             node = self._home
-        elif self._slots.known:
-            node = self._slots.route(self._commands[index].keys, down)
+        elif view is not None:
+            node = view.route(command.keys, down)
         else:
-            down, why = node, _ = self._home, "no node of the cluster tells its slots"
+            down, why = node, _ = self._home, "no node tells who has which keys"
         if node == down:
             self._settle(index, UnavailableError(f"{self._where(index, node)}: {why}"))
             return None
@@ -255,30 +351,27 @@ class Talk(Generic[T]):
         self._last[index] = text
         if code == "NOSCRIPT" and command.script is not None and index not in self._whole:
             self._whole.add(index)
-        elif code in REDIRECTED and self._slots is None:
-            where = self._where(index, node)
-            self._settle(
-                index,
-                UsageError(
-                    f"{where} is a node of a cluster: pass a redis.RedisCluster of its nodes"
-                ),
-            )
-        elif code in REDIRECTED and self._slots is not None:
+        elif code in REDIRECTED:
+            target = self._routes.redirected(code, rest, node) if self._routes else None
+            if target is None:
+                where = self._where(index, node)
+                self._settle(
+                    index,
+                    UsageError(
+                        f"{where} is a node of a cluster: pass a redis.RedisCluster of its nodes"
+                    ),
+                )
+                return
             self._again(code)
-            slot, _, place = rest.partition(" ")
-            target = self._slots.place(parse_address(place, node))
             if code == "ASK":
                 self._asking[index] = target
-            else:
-                self._slots.moved(int(slot), target)
-                self._doubt_slots()
         elif code in PASSING:
             self._hurry = False
             if code == "CLUSTERDOWN":
-                self._doubt_slots()
+                self._doubt()
         elif code in ESTRANGED:
             self._again(code)
-            self._doubt_slots(node)
+            self._doubt(node)
             self.estranged.add(node)
         elif code in HOPELESS:
             self._settle(index, UnavailableError(f"{self._where(index, node)}: {text}"))
@@ -297,9 +390,9 @@ class Talk(Generic[T]):
         else:
             self._again("lost")
 
-    def _doubt_slots(self, node: Address | None = None) -> None:
-        if self._slots is not None:
-            self._slots.doubt(node)
+    def _doubt(self, node: Address | None = None) -> None:
+        if self._routes is not None:
+            self._routes.doubt(node)
 
     def _again(self, trouble: str) -> None:
         # The first time at once; the same trouble twice is worth a pause.

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Coroutine, Mapping, Sequence
+from math import inf
 from time import monotonic
 from typing import Any, Protocol
 
@@ -21,7 +22,8 @@ from redis.asyncio.retry import Retry as AsyncRetry
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
-from redishacks._transport._decide import CONNECT_DEADLINE, Lost, Message, Talk, Unreachable
+from redishacks._transport._decide import CONNECT_DEADLINE, Message, Talk
+from redishacks._transport._loss import Lost, Unreachable
 from redishacks._transport._settings import Settings
 from redishacks._transport._socket import CLOSED, LATE, LOOK_AFTER
 
@@ -48,6 +50,7 @@ class ForeignLink:
 
     def __init__(self, settings: Settings) -> None:
         self.since = monotonic()
+        self.version, self.due = 0, inf
         self._connection = _instance(settings, Retry)
 
     def connect(self) -> None:
@@ -119,9 +122,17 @@ class ForeignNode:
     def ready(self, now: float) -> None:
         """There is no short way."""
 
-    async def exchange(self, talk: Talk[Any], message: Message) -> Sequence[Any]:
-        """Say a message; raises `Lost` once it may have been written."""
+    async def exchange(self, talk: Talk[Any], message: Message) -> None:
+        """Say a message, and tell the talk what came of it."""
         connection = await self._borrow()
+        try:
+            talk.answered(message, await self._replies(connection, talk, message))
+        except Lost as loss:
+            talk.lost(message, loss)
+
+    async def _replies(
+        self, connection: AsyncConnection, talk: Talk[Any], message: Message
+    ) -> Sequence[Any]:
         found: list[Any] = []
         try:
             async with asyncio.timeout(talk.end - monotonic()):

@@ -14,6 +14,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Mapping
+from math import inf
 from threading import get_ident
 from time import monotonic
 from typing import Any
@@ -21,11 +22,12 @@ from typing import Any
 import hiredis
 from hiredis import PushNotification
 
-from redishacks._transport._decide import Lost, Unreachable, opened
+from redishacks._transport._decide import Opening
+from redishacks._transport._loss import Lost, Unreachable
 from redishacks._transport._settings import Settings
 from redishacks._transport._socket import BACKLOG_PAUSE, CLOSED, LATE, NO_RESP, prepare, reason
 from redishacks._transport._tls import Tls
-from redishacks._transport._wire import MISSING, Address, handshake, new_reader, pack_words
+from redishacks._transport._wire import MISSING, Address, new_reader
 
 #: Bytes to read at a time: of a reply that is probably short, and of any other.
 _SHORT = 8192
@@ -62,7 +64,9 @@ class Link:
         "_reader",
         "_sock",
         "_tls",
+        "due",
         "since",
+        "version",
     )
 
     def __init__(self, family: socket.AddressFamily) -> None:
@@ -70,6 +74,7 @@ class Link:
         # Closes it, without a warning, when the transport is no longer needed by anybody.
         weakref.finalize(self, sock.close).atexit = False
         self.since = 0.0
+        self.version, self.due = 0, inf
         self._reader = new_reader()
         self._tls: Tls | None = None
         self._poll = select.poll()
@@ -326,16 +331,15 @@ def greet(link: Link, settings: Settings, end: float) -> None:
     try:
         if settings.tls is not None:
             link.secure(settings.tls_context(), settings.host, end)
-        opening = handshake(
-            settings.protocol, settings.credentials(), settings.client_name, settings.db
-        )
-        link.send(b"".join(map(pack_words, opening)), end)
-        replies = link.replies(len(opening), end)
-        opened(replies, fresh_credentials=settings.credential_provider is not None)
     except Lost as loss:
-        # A server that is full says so and closes.
-        opened(loss.replies, fresh_credentials=False)
         raise Unreachable(f"connecting: {loss.why}") from None
+    opening = Opening(settings, settings.credentials())
+    try:
+        link.send(opening.data, end)
+        replies = link.replies(opening.count, end)
+    except Lost as loss:
+        raise opening.lost(loss) from None
+    opening.judge(replies, link, monotonic())
 
 
 def _places(address: Address) -> list[tuple[socket.AddressFamily, Any]]:

@@ -22,14 +22,9 @@ from hiredis import PushNotification, ReplyError
 
 from redishacks._transport._async_link import Link as AsyncLink
 from redishacks._transport._async_link import open_link
-from redishacks._transport._decide import (
-    CONNECT_DEADLINE,
-    Lost,
-    Refused,
-    Unreachable,
-    error_text,
-)
+from redishacks._transport._decide import CONNECT_DEADLINE, error_text
 from redishacks._transport._link import Link
+from redishacks._transport._loss import Lost, Refused, Unreachable
 from redishacks._transport._settings import Settings
 from redishacks._transport._socket import CLOSED, LATE
 from redishacks._transport._sync import Channel, Node

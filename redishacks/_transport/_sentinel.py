@@ -19,7 +19,7 @@ from redis.asyncio.retry import Retry as AsyncRetry
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
-from redishacks._transport._decide import Unreachable
+from redishacks._transport._loss import Unreachable
 from redishacks._transport._settings import Settings
 from redishacks._transport._wire import Address
 

@@ -6,7 +6,7 @@ import dataclasses
 import socket
 import ssl
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import redis
 import redis.asyncio
@@ -14,9 +14,8 @@ import redis.asyncio.sentinel
 import redis.connection
 import redis.sentinel
 
-from redishacks._transport._cluster import SlotMap
-from redishacks._transport._decide import Unreachable
-from redishacks._transport._wire import Address
+from redishacks._transport._loss import Unreachable
+from redishacks._transport._wire import Address, Words
 from redishacks.errors import UsageError
 
 #: redis-py 8 speaks RESP3 unless told otherwise, older ones RESP2.
@@ -34,6 +33,16 @@ _CERT_REQS = {
     "optional": ssl.CERT_OPTIONAL,
     "required": ssl.CERT_REQUIRED,
 }
+
+
+class Greeting(Protocol):
+    """What else a new connection says, and hears before it is used."""
+
+    def words(self) -> tuple[int, Sequence[Words]]:
+        """Return the version of the view that it tells, and how."""
+
+    def check(self, version: int, replies: Sequence[Any]) -> None:
+        """Look at the replies; raises `Refused`, or another error when the node is of no use."""
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -60,6 +69,7 @@ class Settings:
     service: str | None = None
     #: Set for connection classes that are not redis-py's own: (class, keyword arguments).
     foreign: tuple[Any, Mapping[str, Any]] | None = None
+    greeting: Greeting | None = None
 
     def __repr__(self) -> str:
         return f"<Settings {self.service or self.host}:{self.port}>"
@@ -208,26 +218,6 @@ def from_pool(pool: Any) -> Settings:
         sentinel=pool.sentinel_manager,
         service=pool.service_name,
     )
-
-
-def from_cluster(client: Any) -> tuple[Settings, SlotMap]:
-    """Read a RedisCluster: the settings of its nodes, and the map that they will fill."""
-    options = dict(client.get_connection_kwargs())
-    # The client's own function, which prepares its connections for reads from replicas.
-    options.pop("redis_connect_func", None)
-    if getattr(client, "user_on_connect_func", None) is not None:
-        raise UsageError("a RedisCluster with a redis_connect_func is not supported")
-    kind = options.get("connection_class") or (
-        redis.SSLConnection if options.get("ssl") else redis.Connection
-    )
-    settings = from_options(kind, options)
-    if settings.foreign is not None:
-        raise UsageError(f"a RedisCluster of {kind.__name__} is not supported")
-    manager = client.nodes_manager
-    nodes = [(node.host, int(node.port)) for node in client.get_nodes()]
-    nodes += [(node.host, int(node.port)) for node in manager.startup_nodes.values()]
-    startup = tuple(dict.fromkeys(nodes))
-    return settings.at(startup[0]), SlotMap(startup, manager.address_remap)
 
 
 def from_url(url: str) -> Settings:

@@ -12,24 +12,20 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Hashable, Sequence
+from math import inf
 from time import monotonic
 from typing import Any, Protocol, TypeVar
 
 from hiredis import ReplyError
 
 from redishacks._command import Command, Outcome
-from redishacks._transport import _cluster, _sentinel
-from redishacks._transport._cluster import SlotMap
-from redishacks._transport._decide import (
-    CONNECT_DEADLINE,
-    Lost,
-    Message,
-    Refused,
-    Talk,
-    Unreachable,
-)
+from redishacks._drive import drive
+from redishacks._transport import _sentinel
+from redishacks._transport._decide import CONNECT_DEADLINE, Message, Talk
 from redishacks._transport._foreign import ForeignLink
 from redishacks._transport._link import greet, open_link
+from redishacks._transport._loss import Lost, Refused, Unreachable
+from redishacks._transport._routes import Routes, View, settings_for
 from redishacks._transport._settings import Settings
 from redishacks._transport._socket import LOOK_AFTER, PING_AFTER
 from redishacks._transport._wire import PING, Address, pack, show
@@ -45,6 +41,8 @@ class Channel(Protocol):
     """One connection. After any error it must be closed."""
 
     since: float
+    version: int
+    due: float
 
     def ask(self, data: bytes, end: float, alone: bool) -> Any:
         """Send one packed command and return its reply; `alone`: nobody else waits for one."""
@@ -229,13 +227,13 @@ class Node:
 class SyncTransport:
     """Commands to one server, or to the nodes of a cluster."""
 
-    def __init__(self, settings: Settings, slots: SlotMap | None = None) -> None:
+    def __init__(self, settings: Settings, routes: Routes | None = None) -> None:
         self._settings = settings
-        self._slots = slots
+        self._routes = routes
         self._nodes: dict[Address, Node] = {}
         #: Those too that have left the cluster, while an exchange with them is under way.
         self._known: weakref.WeakSet[Guest] = weakref.WeakSet()
-        self._only = None if slots is not None else self._node(settings.address)
+        self._only = None if routes is not None else self._node(settings.address)
         #: What tools have once per server and process, by their own names.
         self.single: dict[str, Any] = {}
 
@@ -252,16 +250,16 @@ class SyncTransport:
     @property
     def clustered(self) -> bool:
         """Whether keys of one command must share a slot."""
-        return self._slots is not None
+        return self._routes is not None
 
     def settings_for(self, command: Command[Any]) -> Settings | None:
         """Return how to reach the node that a command goes to, for a connection of one's own.
 
         None for a connection class that we do not know.
         """
-        if self._settings.foreign is not None or self._slots is None:
-            return None if self._settings.foreign is not None else self._settings
-        return self._settings.at(self._slots.route(command.keys))
+        if self._settings.foreign is not None:
+            return None
+        return settings_for(self._routes, self._settings, command)
 
     def adopt(self, guest: Guest) -> None:
         """Close its connections too in a forked child."""
@@ -273,9 +271,12 @@ class SyncTransport:
         The usual way is short: one exchange on an idle connection. Anything else is a `Talk`.
         """
         now = monotonic()
-        node = self._only or self._usual(command)
+        node, version = (self._only, 0) if self._only is not None else self._usual(command)
         link = node.take(now) if node is not None else None
         if node is None or link is None:
+            return self._converse(self._talk((command,), deadline, now))[0].result()
+        if link.version != version or now >= link.due:
+            node.give(link)
             return self._converse(self._talk((command,), deadline, now))[0].result()
         try:
             reply = link.ask(pack(command), now + deadline, node.alone())
@@ -314,25 +315,29 @@ class SyncTransport:
 
     def where(self, command: Command[Any]) -> str:
         """Name the node that a command goes to."""
-        if self._slots is None:
+        if self._routes is None:
             return show(self._settings.address)
-        return self._slots.where(command.keys)
+        return self._routes.where(command.keys)
 
     def _talk(self, commands: Sequence[Command[T]], deadline: float, now: float) -> Talk[T]:
-        return Talk(commands, deadline, now, self._settings.address, self._slots)
+        return Talk(commands, deadline, now, self._settings.address, self._routes)
 
-    def _usual(self, command: Command[Any]) -> Node | None:
-        slots = self._slots
-        if slots is None or slots.stale:
-            return None
-        return self._node(slots.route(command.keys))
+    def _usual(self, command: Command[Any]) -> tuple[Node | None, int]:
+        """Return the node of a command and by which version it is that."""
+        routes = self._routes
+        if routes is None or routes.stale or command.node is not None:
+            return None, 0
+        view = routes.view
+        if view is None or not view.settled:
+            return None, 0
+        return self._node(view.route(command.keys)), view.version
 
     def _node(self, address: Address) -> Node:
         node = self._nodes.get(address)
         if node is None:
             settings = self._settings
-            if address != settings.address:
-                settings = settings.at(address)
+            if self._routes is not None:
+                settings = self._routes.settings(address, settings)
             node = self._nodes.setdefault(address, Node(settings))
             self._known.add(node)
         return node
@@ -340,8 +345,8 @@ class SyncTransport:
     def _converse(self, talk: Talk[T], *, begun: bool = False) -> list[Outcome[T]]:
         while True:
             if not begun:
-                if self._slots is not None and self._slots.stale:
-                    self._refresh(self._slots, talk)
+                if self._routes is not None:
+                    self._prepare(self._routes, talk)
                 if monotonic() < talk.end:
                     self._round(talk)
             begun = False
@@ -392,31 +397,58 @@ class SyncTransport:
                 node.drop(link)
             raise
 
-    def _refresh(self, slots: SlotMap, talk: Talk[Any]) -> None:
-        """Read the slot map from the first node that gives it."""
-        started = now = monotonic()
-        if not slots.due(now) and slots.known:
-            return
-        # The first map is part of connecting; a later one must not cost more than the command may.
-        give_up = talk.end if slots.known else now + CONNECT_DEADLINE
-        for address in slots.candidates():
-            limit = min(talk.deadline, give_up - now)
-            question = Talk((_cluster.QUESTION,), limit, now, address)
-            self._round(question)
-            question.rest(float("inf"))
-            reply = question.results()[0].value
-            now = monotonic()
-            if reply is not None:
-                slots.load(reply, address)
-                self._prune(slots)
-                talk.connected(now - started)
-                return
-            if now >= give_up:
-                return
+    def _prepare(self, routes: Routes, talk: Talk[Any]) -> None:
+        """See that it is known who has which keys, and that those are there."""
+        now = monotonic()
+        if routes.stale and (routes.due(now) or routes.view is None):
+            # Reading it first is part of connecting; later it must not cost more than a command.
+            first = routes.view is None
+            give_up = now + CONNECT_DEADLINE if first else talk.end
+            drive(routes.refresh(), _Within(self, talk, give_up))
+            if not routes.stale:
+                self._keep(routes.nodes())
+                talk.connected(monotonic() - now)
+        pending = talk.to_pull()
+        if pending is not None:
+            view, keys = pending
+            try:
+                drive(view.pull(keys), _Within(self, talk, talk.end, view))
+            except RedisHacksError as error:
+                talk.pulled(view, keys, error)
+            else:
+                talk.pulled(view, keys, None)
 
-    def _prune(self, slots: SlotMap) -> None:
-        for address in self._nodes.keys() - slots.nodes():
+    def once(
+        self, commands: Sequence[Command[T]], limit: float, view: View | None
+    ) -> list[Outcome[T]]:
+        """Say commands once, in the middle of a talk, by what is known or by a view."""
+        inner = Talk(commands, limit, monotonic(), self._settings.address, self._routes, view)
+        self._round(inner)
+        inner.rest(inf)
+        return inner.results()
+
+    def _keep(self, addresses: frozenset[Address]) -> None:
+        for address in self._nodes.keys() - addresses:
             self._nodes.pop(address).reset()
+
+
+class _Within:
+    """How steps say what they must in the middle of a talk."""
+
+    def __init__(
+        self, transport: SyncTransport, talk: Talk[Any], give_up: float, view: View | None = None
+    ) -> None:
+        self._transport = transport
+        self._talk, self._give_up, self._view = talk, give_up, view
+
+    def call(self, command: Command[T], deadline: float) -> T:
+        """Say one once, in the time that is left."""
+        return self.run((command,), deadline)[0].result()
+
+    def run(self, commands: Sequence[Command[T]], deadline: float) -> list[Outcome[T]]:
+        """Say several once, in the time that is left."""
+        limit = min(self._talk.deadline, self._give_up - monotonic())
+        return self._transport.once(commands, limit, self._view)
 
 
 def _send(
@@ -426,10 +458,14 @@ def _send(
     message: Message,
     under_way: deque[tuple[Node, Channel, Message]],
 ) -> None:
-    under_way.append((node, link, message))
+    told = talk.addressed(message, link, monotonic())
+    if told is None:
+        node.give(link)
+        return
+    under_way.append((node, link, told))
     try:
-        link.send(message.data, talk.end)
+        link.send(told.data, talk.end)
     except Lost as loss:
         under_way.pop()
         node.lost(link)
-        talk.lost(message, loss)
+        talk.lost(told, loss)
