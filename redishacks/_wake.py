@@ -109,7 +109,7 @@ class _Wakeups(ABC, Generic[T, B, L]):
         self._bells: weakref.WeakValueDictionary[bytes, B] = weakref.WeakValueDictionary()
         self._listeners: dict[str, L] = {}
         #: Servers before Redis 7 have no channels that belong to a slot.
-        self._sharded = transport.clustered
+        self._sharded = transport.sharded
 
     def enter(self, token: str) -> B:
         """Return a bell that messages for this token ring."""

@@ -2,7 +2,8 @@
 
     RedisHacksError
     ├── UsageError (ValueError)     the call is wrong: change the code or the configuration
-    │   ├── CrossNodeError          keys of one command live on different cluster nodes
+    │   ├── CrossNodeError          keys of one command live on different nodes
+    │   ├── TopologyMismatchError   a router's nodes are not what this client says they are
     │   └── RetentionError          a range of a series that is kept no more, or not so fine
     ├── MaybeAppliedError           sent, but the reply was lost: the caller decides
     ├── PartlyAppliedError          a call in several parts: `failed` says what became of which id
@@ -28,6 +29,10 @@ class UsageError(RedisHacksError, ValueError):
 
 class CrossNodeError(UsageError):
     """The keys of one command hash to different cluster slots; nothing was sent."""
+
+
+class TopologyMismatchError(UsageError):
+    """A router was constructed with other nodes than those in use, or weights; nothing was sent."""
 
 
 class RetentionError(UsageError):

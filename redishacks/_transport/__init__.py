@@ -28,7 +28,7 @@ hears what is published; `_observe` tells a hook; `_registry` holds one transpor
 from __future__ import annotations
 
 import inspect
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import redis
 import redis.asyncio
@@ -37,15 +37,19 @@ from redishacks._command import Command
 from redishacks._transport import _cluster, _settings
 from redishacks._transport._async import AsyncTransport
 from redishacks._transport._listener import AsyncListener, Listener
+from redishacks._transport._loss import Refused
 from redishacks._transport._observe import AsyncObserved, Hook, Observed
-from redishacks._transport._registry import registry
-from redishacks._transport._routes import Routes
+from redishacks._transport._registry import Either, registry
+from redishacks._transport._routes import PULL, WAIT, Routes, View
 from redishacks._transport._settings import Settings
 from redishacks._transport._sync import SyncTransport
-from redishacks._transport._wire import Form, pack
+from redishacks._transport._wire import Address, Form, Words, pack, pack_words
 from redishacks.errors import UsageError
 
 __all__ = [
+    "PULL",
+    "WAIT",
+    "Address",
     "AsyncListener",
     "AsyncObserved",
     "AsyncTransport",
@@ -53,14 +57,31 @@ __all__ = [
     "Hook",
     "Listener",
     "Observed",
+    "Refused",
+    "Routes",
     "Settings",
     "SyncTransport",
+    "View",
+    "Words",
     "connect",
     "connect_async",
+    "connect_nodes",
+    "connect_nodes_async",
+    "pack_words",
     "packed",
+    "read_settings",
 ]
 
 T = TypeVar("T")
+
+
+@runtime_checkable
+class Router(Protocol):
+    """A client of several nodes, which has a transport of its own."""
+
+    @property
+    def redishacks_transport(self) -> SyncTransport | AsyncTransport:
+        """How commands reach the nodes."""
 
 
 def connect(client: Any, on_command: Hook | None = None) -> SyncTransport | Observed:
@@ -70,23 +91,57 @@ def connect(client: Any, on_command: Hook | None = None) -> SyncTransport | Obse
     command said through this very result. Raises `UsageError` for a client of `redis.asyncio` and
     for anything that is no client.
     """
-    transport = registry.get(
-        client, SyncTransport, lambda: SyncTransport(*_read(client, asynchronous=False))
-    )
+    transport: SyncTransport
+    if isinstance(client, Router):
+        transport = _own(client, SyncTransport)
+    else:
+        transport = registry.get(
+            client, SyncTransport, lambda: SyncTransport(*_read(client, asynchronous=False))
+        )
     return transport if on_command is None else Observed(transport, on_command)
 
 
 def connect_async(client: Any, on_command: Hook | None = None) -> AsyncTransport | AsyncObserved:
     """Return the transport for a `redis.asyncio` client or a URL; it serves every event loop."""
-    transport = registry.get(
-        client, AsyncTransport, lambda: AsyncTransport(*_read(client, asynchronous=True))
-    )
+    transport: AsyncTransport
+    if isinstance(client, Router):
+        transport = _own(client, AsyncTransport)
+    else:
+        transport = registry.get(
+            client, AsyncTransport, lambda: AsyncTransport(*_read(client, asynchronous=True))
+        )
     return transport if on_command is None else AsyncObserved(transport, on_command)
+
+
+def connect_nodes(settings: Settings, routes: Routes) -> SyncTransport:
+    """Return a transport for several nodes; `settings` are those of any."""
+    return registry.add(SyncTransport(settings, routes))
+
+
+def connect_nodes_async(settings: Settings, routes: Routes) -> AsyncTransport:
+    """The same for asyncio."""
+    return registry.add(AsyncTransport(settings, routes))
+
+
+def read_settings(client: Any, *, asynchronous: bool) -> Settings:
+    """Return how to reach the one server of a client or URL; raises `UsageError` for others."""
+    settings, routes = _read(client, asynchronous=asynchronous)
+    if routes is not None:
+        raise UsageError("a single server is needed, and this is a cluster")
+    return settings
 
 
 def packed(command: Command[T]) -> Command[T]:
     """Return a command that is encoded now, once and for all: not to be changed any more."""
     return command._replace(packed=pack(command))
+
+
+def _own(router: Router, kind: type[Either]) -> Either:
+    transport = router.redishacks_transport
+    if not isinstance(transport, kind):
+        _check_colour(router, kind is AsyncTransport, kind is not AsyncTransport)
+    assert isinstance(transport, kind)
+    return transport
 
 
 def _read(client: Any, *, asynchronous: bool) -> tuple[Settings, Routes | None]:

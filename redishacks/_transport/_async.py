@@ -315,6 +315,11 @@ class AsyncTransport:
         return self._routes is not None
 
     @property
+    def sharded(self) -> bool:
+        """Whether channels belong to slots."""
+        return self._routes is not None and self._routes.shards
+
+    @property
     def single(self) -> dict[str, Any]:
         """What tools have once per server and loop, by their own names."""
         return self._site().single

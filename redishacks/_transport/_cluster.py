@@ -32,6 +32,8 @@ class SlotMap:
 
     #: Connections need not be told of it.
     version = 0
+    #: Channels of SPUBLISH do as well.
+    shards = True
     #: What keys that move need is for the nodes to say.
     settled = True
 

@@ -29,10 +29,7 @@ class Registry:
     def get(self, client: Any, kind: type[Either], make: Callable[[], Either]) -> Either:
         """Return the transport of a client or URL, made on first use."""
         with self._lock:
-            if not self._watching_forks:
-                os.register_at_fork(after_in_child=self._forked)
-                Main.find()
-                self._watching_forks = True
+            self._watch_forks()
             known: Any = self._by_url if isinstance(client, str) else self._by_client
             key = (client, kind) if isinstance(client, str) else client
             try:
@@ -44,6 +41,19 @@ class Registry:
             made = known[key] = make()
             self._all.add(made)
             return made
+
+    def add(self, transport: Either) -> Either:
+        """Close this one's connections in forked children too."""
+        with self._lock:
+            self._watch_forks()
+            self._all.add(transport)
+        return transport
+
+    def _watch_forks(self) -> None:
+        if not self._watching_forks:
+            os.register_at_fork(after_in_child=self._forked)
+            Main.find()
+            self._watching_forks = True
 
     def _forked(self) -> None:
         # Another thread of the parent may have held the lock.

@@ -52,6 +52,8 @@ class Routes(Protocol):
 
     #: To be read again before its next use.
     stale: bool
+    #: Channels of `SPUBLISH` belong to slots; else each node has its own.
+    shards: bool
 
     @property
     def view(self) -> View | None:

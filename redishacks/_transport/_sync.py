@@ -252,6 +252,11 @@ class SyncTransport:
         """Whether keys of one command must share a slot."""
         return self._routes is not None
 
+    @property
+    def sharded(self) -> bool:
+        """Whether channels belong to slots."""
+        return self._routes is not None and self._routes.shards
+
     def settings_for(self, command: Command[Any]) -> Settings | None:
         """Return how to reach the node that a command goes to, for a connection of one's own.
 

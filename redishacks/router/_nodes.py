@@ -1,0 +1,298 @@
+"""A router's nodes as the transport sees them: `Nodes` is its `Routes`, `Known` the `View`.
+
+Every connection is greeted with two words that are answered before anything else is written: the
+version that this client goes by becomes the connection's name, so that whoever moves keys can see
+it in `CLIENT LIST`; then the node's stamp is read. In this order, or one could come between.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from hiredis import ReplyError
+
+from redishacks._command import Steps, ask, ask_all
+from redishacks._slots import key_slot
+from redishacks._transport import PULL, WAIT, Address, Refused, Settings, View, Words
+from redishacks.errors import (
+    CrossNodeError,
+    ServerError,
+    TopologyMismatchError,
+    UnavailableError,
+)
+from redishacks.router.commands import Layout, Stored
+from redishacks.router.placement import Placement, SlotTable
+from redishacks.router.topology import CLOSING, SETTLED, Stamp, Topology, Wanted
+
+#: What stands in the place of a port: connections that are fenced, and those that are not, over
+#: which nothing is said but what nodes are told of themselves.
+_FENCED, _OPEN = -2, -3
+#: Seconds between two readings of the topology, however many threads find it out of date.
+_PATIENCE = 0.1
+
+
+def address(name: str) -> Address:
+    """Return a node's address, as the transport knows it."""
+    return name, _FENCED
+
+
+class Known:
+    """What is known at one moment; it never changes."""
+
+    def __init__(self, topology: Topology) -> None:
+        self.topology = topology
+        self.version = topology.version
+        self.settled = topology.state == SETTLED
+        #: Who serves keys now: before they move the old node, and the new one from then on.
+        self.serving: Placement = topology.placement
+        if topology.target is not None and topology.state != CLOSING:
+            self.serving = topology.target
+        self._by_slot: list[Address] | None = None
+        if isinstance(self.serving, SlotTable):
+            self._by_slot = [address(name) for name in self.serving.by_slot]
+
+    def route(self, keys: Sequence[bytes], avoid: Address | None = None) -> Address:
+        """Return the node for a command; without keys any but the one to avoid.
+
+        Raises `CrossNodeError` when it would be several.
+        """
+        if not keys:
+            every = [address(name) for name in self.topology.nodes]
+            return random.choice([node for node in every if node != avoid] or every)
+        if self._by_slot is None:
+            return self._together(keys)
+        slot = key_slot(keys[0])
+        for key in keys[1:]:
+            if key_slot(key) != slot:
+                raise CrossNodeError(
+                    f"keys of one command must share a slot: {keys[0]!r} and {key!r} do not"
+                )
+        return self._by_slot[slot]
+
+    def _together(self, keys: Sequence[bytes]) -> Address:
+        name = self.serving.node_for(keys[0])
+        for key in keys[1:]:
+            if self.serving.node_for(key) != name:
+                raise CrossNodeError(
+                    f"keys of one command must be on one node: {keys[0]!r} and {key!r} are not"
+                )
+        return address(name)
+
+    def moving(self, keys: Sequence[bytes]) -> str | None:
+        """Return what has to come before a command: `WAIT`, `PULL`, or None for nothing."""
+        old, new = self.topology.placement, self.topology.target
+        if new is None or all(old.node_for(key) == new.node_for(key) for key in keys):
+            return None
+        return WAIT if self.topology.state == CLOSING else PULL
+
+    def pull(self, keys: Sequence[bytes]) -> Steps[None]:
+        """Bring keys to the node that `route` names; raises what hinders it."""
+        raise NotImplementedError
+
+
+class Greeting:
+    """What a connection to a node is told and asked before it is used."""
+
+    def __init__(self, nodes: Nodes, name: str) -> None:
+        self._nodes, self._name = nodes, name
+
+    def words(self) -> tuple[int, Sequence[Words]]:
+        """Return the version that this client goes by, and how that is told."""
+        view = self._nodes.view
+        assert view is not None
+        return view.version, self._nodes.told(view)
+
+    def check(self, version: int, replies: Sequence[Any]) -> None:
+        """Look at the replies; raises `Refused` when the topology must be read again first."""
+        self._nodes.check(self._name, version, replies)
+
+
+class Nodes:
+    """The nodes of a router, and what is known of who has which keys."""
+
+    #: Each node has its own channels.
+    shards = False
+
+    def __init__(self, settings: Mapping[str, Settings], wanted: Wanted, layout: Layout) -> None:
+        self.wanted = wanted
+        self.layout = layout
+        self.view: Known | None = None
+        self.stale = True
+        self._settings = {
+            (name, kind): dataclasses.replace(
+                each, greeting=Greeting(self, name) if kind == _FENCED else None,
+                client_name="rh-topology",
+            )
+            for name, each in settings.items()
+            for kind in (_FENCED, _OPEN)
+        }  # fmt: skip
+        self._read_at = float("-inf")
+        #: Who said that there is something newer.
+        self._hint: str | None = None
+        self._why = "no node was asked yet"
+
+    # For the transport
+
+    def doubt(self, node: Address | None = None) -> None:
+        """Have the topology read again; that a node cannot be reached is no reason to."""
+        if node is None:
+            self.stale = True
+
+    def due(self, now: float) -> bool:
+        """Whether it is time to read it again; true for one caller in every `_PATIENCE`."""
+        if now - self._read_at < _PATIENCE:
+            return False
+        self._read_at = now
+        return True
+
+    def nodes(self) -> frozenset[Address]:
+        """Return every node, each for both of its kinds of connections."""
+        return frozenset(self._settings)
+
+    def settings(self, address: Address, usual: Settings) -> Settings:
+        """Return how to reach a node."""
+        return self._settings[address]
+
+    def where(self, keys: Sequence[bytes]) -> str:
+        """Name the node for these keys; empty when it could be any."""
+        view = self.view
+        return view.serving.node_for(keys[0]) if keys and view is not None else ""
+
+    def redirected(self, code: str, rest: str, asked: Address) -> None:
+        """Nodes of a router do not redirect."""
+
+    def told(self, view: View) -> Sequence[Words]:
+        """Return what a connection is told: the version, as its name. And what it is asked."""
+        return (b"CLIENT", b"SETNAME", b"rh-%d" % view.version), self.layout.stamp
+
+    def heard(self, address: Address, replies: Sequence[Any]) -> None:
+        """Look whether a node knows a newer topology, after something was said to it."""
+        view = self.view
+        try:
+            if view is not None:
+                self.check(address[0], view.version, replies)
+        except (Refused, TopologyMismatchError, ServerError):
+            self.stale = True
+
+    def check(self, name: str, version: int, replies: Sequence[Any]) -> None:
+        """Look at what a node said of itself; raises when it is not to be used as it is."""
+        for reply in replies:
+            if isinstance(reply, ReplyError):
+                raise ServerError(f"{reply} (a router's connections need CLIENT SETNAME and HGET)")
+        if replies[-1] is None:
+            self.stale = True
+            raise Refused(f"node {name} has come back without its stamp")
+        stamp = Stamp.parse(replies[-1])
+        self._named(name, stamp)
+        if stamp.version != version:
+            self.stale = True
+            self._hint = name if stamp.version > version else None
+            raise Refused(f"node {name} goes by version {stamp.version}, not {version}")
+        view = self.view
+        if view is not None and view.version == version and stamp.digest != view.topology.digest:
+            raise self._two(version)
+
+    # What is stored
+
+    def refresh(self) -> Steps[None]:
+        """Learn the newest topology; the first client of nodes that nobody has used makes it.
+
+        One round trip. A node that has lost it is told again, once all others say what is newest.
+        """
+        hint, self._hint = self._hint, None
+        names = [name for name, kind in self._settings if kind == _OPEN]
+        found = yield from self._read([hint] if hint else names)
+        newest = self._newest(found)
+        if newest is None or (self.view is not None and newest.version <= self.view.version):
+            if hint:
+                found = yield from self._read(names)
+                newest = self._newest(found)
+            missing = [name for name in names if name not in found]
+            newest = yield from self._mend(found, newest, missing)
+        if newest is None:
+            return
+        self.wanted.check(newest)
+        if self.view is None or newest.version >= self.view.version:
+            self.view = Known(newest)
+        self.stale = False
+
+    def _read(self, names: Sequence[str]) -> Steps[dict[str, Stored]]:
+        """Return what nodes have stored; those that do not answer are left out."""
+        outcomes = yield from ask_all([self.layout.read((name, _OPEN)) for name in names])
+        found: dict[str, Stored] = {}
+        for name, outcome in zip(names, outcomes, strict=True):
+            if outcome.error is None:
+                found[name] = outcome.value
+                if outcome.value is not None:
+                    self._named(name, outcome.value[0])
+            elif isinstance(outcome.error, UnavailableError):
+                self._why = str(outcome.error)
+            else:
+                raise outcome.error
+        return found
+
+    def _newest(self, found: Mapping[str, Stored]) -> Topology | None:
+        stored = [one for one in found.values() if one is not None]
+        if not stored:
+            return None
+        newest = max((topology for _, topology in stored), key=lambda each: each.version)
+        if len({stamp.digest for stamp, _ in stored if stamp.version == newest.version}) > 1:
+            raise self._two(newest.version)
+        return newest
+
+    def _mend(
+        self, found: Mapping[str, Stored], newest: Topology | None, missing: Sequence[str]
+    ) -> Steps[Topology | None]:
+        """Tell nodes what they do not know, if all others were asked."""
+        fresh = newest is None
+        if newest is None:
+            if missing:
+                raise UnavailableError(
+                    f"node {missing[0]} cannot be reached, and nobody else tells who has which "
+                    f"keys: {self._why}"
+                )
+            placement = self.wanted.fresh()
+            newest = Topology(1, {name: self._shown(name) for name in found}, placement)
+        behind = [
+            name
+            for name in sorted(newest.nodes)
+            if name in found and _version(found[name]) < newest.version
+        ]
+        if behind and any(name in missing for name in newest.nodes):
+            return newest  # they serve nothing until then
+        for name in behind:
+            stored = yield from ask(self.layout.tell((name, _OPEN), name, newest))
+            assert stored is not None
+            if fresh:
+                # The first node decides between those that begin at the same time.
+                newest = stored[1]
+                fresh = False
+            self._named(name, stored[0])
+            if stored[0].version == newest.version and stored[0].digest != newest.digest:
+                raise self._two(newest.version)
+        return newest
+
+    def _shown(self, name: str) -> str:
+        each = self._settings[name, _OPEN]
+        host, port = each.address
+        place = f"{host}:{port}" if port > 0 else host
+        return f"{place}/{each.db}" if each.db else place
+
+    def _named(self, name: str, stamp: Stamp) -> None:
+        if stamp.name != name:
+            raise TopologyMismatchError(
+                f"the address of node {name} leads to node {stamp.name}: were they swapped?"
+            )
+
+    def _two(self, version: int) -> TopologyMismatchError:
+        return TopologyMismatchError(
+            f"there are two topologies of version {version}: clients with other nodes or weights "
+            "began at the same time, or nodes of another router are among these"
+        )
+
+
+def _version(stored: Stored) -> int:
+    return stored[0].version if stored is not None else 0
