@@ -68,6 +68,9 @@ class Command(NamedTuple, Generic[T]):
     packed: bytes | None = None
     #: The node that it goes to whatever its keys: its address, as the transport knows it.
     node: tuple[str, int] | None = None
+    #: So many replies, of which `parse` gets a list: words said at once, packed by now, that are a
+    #: transaction or repeatable. A refusal among the replies is a refusal of all.
+    replies: int = 1
 
 
 class Outcome(NamedTuple, Generic[T]):
@@ -87,6 +90,8 @@ class Ask(NamedTuple):
     """Effect: say these commands; resumed with one `Outcome` each, in order."""
 
     commands: Sequence[Command[Any]]
+    #: What nodes they name go by (a view of the transport); None to go by what is known then.
+    view: Any = None
 
 
 class Sleep(NamedTuple):

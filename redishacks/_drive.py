@@ -20,7 +20,9 @@ class Exchange(Protocol):
     def call(self, command: Command[T], deadline: float) -> T:
         """Say one command, return its result or raise its error."""
 
-    def run(self, commands: Sequence[Command[T]], deadline: float) -> list[Outcome[T]]:
+    def run(
+        self, commands: Sequence[Command[T]], deadline: float, view: Any = None
+    ) -> list[Outcome[T]]:
         """Say several, one write per node; every one ends as a value or an error, in order."""
 
 
@@ -40,7 +42,9 @@ class AsyncExchange(Protocol):
     async def call(self, command: Command[T], deadline: float) -> T:
         """Say one command, return its result or raise its error."""
 
-    async def run(self, commands: Sequence[Command[T]], deadline: float) -> list[Outcome[T]]:
+    async def run(
+        self, commands: Sequence[Command[T]], deadline: float, view: Any = None
+    ) -> list[Outcome[T]]:
         """Say several, one write per node; every one ends as a value or an error, in order."""
 
 
@@ -65,7 +69,7 @@ def perform(effect: Effect, transport: Exchange | None, deadline: float) -> Any:
         return time.sleep(effect.seconds)
     assert transport is not None
     if isinstance(effect, Ask):
-        return transport.run(effect.commands, deadline)
+        return transport.run(effect.commands, deadline, effect.view)
     if isinstance(effect, Meanwhile):
         with ThreadPoolExecutor(1, "redishacks-meanwhile") as pool:
             asked = pool.submit(transport.run, effect.ask.commands, deadline)
@@ -84,7 +88,7 @@ async def perform_async(effect: Effect, transport: AsyncExchange | None, deadlin
         return await asyncio.sleep(effect.seconds)
     assert transport is not None
     if isinstance(effect, Ask):
-        return await transport.run(effect.commands, deadline)
+        return await transport.run(effect.commands, deadline, effect.view)
     if isinstance(effect, Meanwhile):
         asked = asyncio.ensure_future(transport.run(effect.ask.commands, deadline))
         try:

@@ -20,6 +20,13 @@ def key_slot(key: bytes) -> int:
     return crc_hqx(key, 0) % SLOTS
 
 
+def hash_tag(key: bytes) -> bytes:
+    """Return what of a key decides its slot."""
+    start = key.find(b"{")
+    end = key.find(b"}", start + 1) if start >= 0 else -1
+    return key[start + 1 : end] if end > start + 1 else key
+
+
 def partition(raw: bytes, partitions: int) -> int:
     """Return which of a name's partitions an id belongs to."""
     return crc_hqx(raw, 0) % partitions if partitions > 1 else 0

@@ -303,9 +303,9 @@ def test_sums_of_many_series_go_by_node(cluster: Cluster, prefix: str) -> None:
     exchanges: list[int] = []
     run = series.transport.run
 
-    def counting(commands: Any, deadline: float) -> Any:
+    def counting(commands: Any, deadline: float, view: Any = None) -> Any:
         exchanges.append(len(commands))
-        return run(commands, deadline)
+        return run(commands, deadline, view)
 
     series.transport.run = counting  # type: ignore[method-assign]
     groups = {partition(key.encode(), 64) for key in keys}

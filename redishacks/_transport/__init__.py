@@ -37,7 +37,7 @@ from redishacks._command import Command
 from redishacks._transport import _cluster, _settings
 from redishacks._transport._async import AsyncTransport
 from redishacks._transport._listener import AsyncListener, Listener
-from redishacks._transport._loss import Refused
+from redishacks._transport._loss import Overtaken, Refused
 from redishacks._transport._observe import AsyncObserved, Hook, Observed
 from redishacks._transport._registry import Either, registry
 from redishacks._transport._routes import PULL, WAIT, Routes, View
@@ -57,6 +57,7 @@ __all__ = [
     "Hook",
     "Listener",
     "Observed",
+    "Overtaken",
     "Refused",
     "Routes",
     "Settings",

@@ -277,9 +277,26 @@ class AsyncTransport:
             talk.answered(talk.first(node.address), (reply,))
         return (await self._converse(site, talk, begun=True))[0].result()
 
-    async def run(self, commands: Sequence[Command[T]], deadline: float) -> list[Outcome[T]]:
-        """Say several, one write per node; every one ends as a value or an error, in order."""
-        return await self._converse(self._site(), self._talk(commands, deadline, monotonic()))
+    async def run(
+        self, commands: Sequence[Command[T]], deadline: float, view: View | None = None
+    ) -> list[Outcome[T]]:
+        """Say several, one write per node; every one ends as a value or an error, in order.
+
+        With a `view`, those that name a node are sent only as long as that is what is known.
+        """
+        talk = self._talk(commands, deadline, monotonic(), view)
+        return await self._converse(self._site(), talk)
+
+    async def learn(self, deadline: float) -> None:
+        """See that it is known who has which keys; raises what hinders it."""
+        if self._routes is not None and self._routes.view is None:
+            talk: Talk[None] = self._talk((), deadline, monotonic())
+            await self._prepare(self._site(), self._routes, talk)
+
+    @property
+    def routes(self) -> Routes | None:
+        """What is known of several nodes; None for one server."""
+        return self._routes
 
     async def aclose(self) -> None:
         """Close this loop's connections; the next call opens new ones."""
@@ -365,8 +382,14 @@ class AsyncTransport:
         self._sites[id(loop)] = site
         return site
 
-    def _talk(self, commands: Sequence[Command[T]], deadline: float, now: float) -> Talk[T]:
-        return Talk(commands, deadline, now, self._settings.address, self._routes)
+    def _talk(
+        self,
+        commands: Sequence[Command[T]],
+        deadline: float,
+        now: float,
+        view: View | None = None,
+    ) -> Talk[T]:
+        return Talk(commands, deadline, now, self._settings.address, self._routes, view)
 
     def _usual(self, site: Site, command: Command[Any]) -> tuple[Node | ForeignNode | None, int]:
         """Return the node of a command and by which version it is that."""
@@ -384,7 +407,10 @@ class AsyncTransport:
         while True:
             if not begun:
                 if self._routes is not None:
-                    await self._prepare(site, self._routes, talk)
+                    try:
+                        await self._prepare(site, self._routes, talk)
+                    except RedisHacksError as error:
+                        talk.refused(error)
                 if monotonic() < talk.end:
                     await self._round(site, talk)
             begun = False
@@ -462,7 +488,9 @@ class _Within:
         """Say one once, in the time that is left."""
         return (await self.run((command,), deadline))[0].result()
 
-    async def run(self, commands: Sequence[Command[T]], deadline: float) -> list[Outcome[T]]:
+    async def run(
+        self, commands: Sequence[Command[T]], deadline: float, view: View | None = None
+    ) -> list[Outcome[T]]:
         """Say several once, in the time that is left."""
         limit = min(self._talk.deadline, self._give_up - monotonic())
-        return await self._transport.once(self._site, commands, limit, self._view)
+        return await self._transport.once(self._site, commands, limit, view or self._view)

@@ -17,7 +17,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 import hiredis
 
 from redishacks._command import Command, Outcome
-from redishacks._transport._loss import Lost, Refused, Unreachable
+from redishacks._transport._loss import Lost, Overtaken, Refused, Unreachable
 from redishacks._transport._routes import COURTESY, PULL, WAIT, Routes, Standing, View
 from redishacks._transport._settings import Settings
 from redishacks._transport._wire import (
@@ -41,6 +41,8 @@ ESTRANGED = frozenset({"READONLY", "NOAUTH", "WRONGPASS"})
 REDIRECTED = frozenset({"MOVED", "ASK"})
 #: Nothing applied, and more of the same will not help soon.
 HOPELESS = frozenset({"OOM", "NOREPLICAS", "MISCONF"})
+
+_REFUSALS = PASSING | ESTRANGED | REDIRECTED | HOPELESS
 
 #: Seconds for making a connection, apart from a command's deadline. Name resolution is outside.
 CONNECT_DEADLINE = 2.0
@@ -128,6 +130,14 @@ class Message(NamedTuple):
     ahead: int = 0
 
 
+def _refusal(replies: Sequence[Any]) -> Any:
+    """Return what stands for several replies: one that says that nothing was done, or all."""
+    for reply in replies:
+        if type(reply) is hiredis.ReplyError and str(reply).split(" ", 1)[0] in _REFUSALS:
+            return reply
+    return replies
+
+
 class Talk(Generic[T]):
     """One run of commands, from the first attempt to an outcome for each."""
 
@@ -171,6 +181,11 @@ class Talk(Generic[T]):
         seconds = min(seconds, self._grace)
         self._grace -= seconds
         self.end += seconds
+
+    def refused(self, error: Exception) -> None:
+        """End all with an error that has nothing to do with any node."""
+        for index in self._open:
+            self._settle(index, error)
 
     def to_pull(self) -> tuple[View, list[bytes]] | None:
         """Return keys that must be moved to their new node before this round, and by which view."""
@@ -219,7 +234,7 @@ class Talk(Generic[T]):
                 node,
                 parts,
                 b"".join(ASKING + packed[i] if asking else packed[i] for i, _, asking in parts),
-                len(parts) + sum(part.asking for part in parts),
+                sum(self._commands[part.place].replies + part.asking for part in parts),
                 any(self._commands[part.place].bulk for part in parts),
                 view.version if view is not None else 0,
             )
@@ -233,10 +248,16 @@ class Talk(Generic[T]):
         """
         if message.version == link.version and now < link.due:
             return message
-        if message.version < link.version:
-            return None
         view = self._view()
-        if self._routes is None or view is None or view.version != message.version:
+        if (
+            self._routes is None
+            or view is None
+            or view.version != message.version
+            or message.version < link.version
+        ):
+            if self._pinned is not None:
+                for part in message.parts:
+                    self._settle(part.place, Overtaken("another plan is needed by now"))
             return None
         words = self._routes.told(view)
         link.version, link.due = view.version, now + COURTESY
@@ -254,10 +275,12 @@ class Talk(Generic[T]):
             self._routes.heard(message.node, replies[:at])
         for part in message.parts:
             at += part.asking
-            if at >= len(replies):
+            count = self._commands[part.place].replies
+            if at + count > len(replies):
                 return
-            self._answer(part.place, replies[at], message.node)
-            at += 1
+            reply = replies[at] if count == 1 else _refusal(replies[at : at + count])
+            self._answer(part.place, reply, message.node)
+            at += count
 
     def lost(self, message: Message, loss: Lost) -> None:
         """Take note that a message was cut off: every command has its reply, or is repeated when
@@ -266,7 +289,7 @@ class Talk(Generic[T]):
         self.answered(message, loss.replies)
         at = message.ahead
         for part in message.parts:
-            at += part.asking + 1
+            at += part.asking + self._commands[part.place].replies
             if at > len(loss.replies):
                 self._lose(part.place, loss, message.node)
         self._doubt(message.node)

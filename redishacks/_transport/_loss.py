@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from redishacks.errors import UnavailableError
+
 
 class Lost(Exception):
     """An exchange that did not end: what was written, and the replies until then."""
@@ -22,3 +24,7 @@ class Unreachable(Exception):
 
 class Refused(Exception):
     """A new connection was refused for now; nothing was sent."""
+
+
+class Overtaken(UnavailableError):
+    """Who has which keys is known better by now; nothing was sent."""

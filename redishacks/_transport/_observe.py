@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 from redishacks._command import Command, Outcome
 from redishacks._transport._async import AsyncTransport
+from redishacks._transport._routes import View
 from redishacks._transport._sync import SyncTransport
 from redishacks._transport._wire import name
 
@@ -38,10 +39,12 @@ class Observed:
         _tell(self._hook, self._transport, command, monotonic() - started, None)
         return result
 
-    def run(self, commands: Sequence[Command[T]], deadline: float) -> list[Outcome[T]]:
+    def run(
+        self, commands: Sequence[Command[T]], deadline: float, view: View | None = None
+    ) -> list[Outcome[T]]:
         """Say several; every one ends as a value or an error, in order."""
         started = monotonic()
-        outcomes = self._transport.run(commands, deadline)
+        outcomes = self._transport.run(commands, deadline, view)
         seconds = monotonic() - started
         for command, outcome in zip(commands, outcomes, strict=True):
             _tell(self._hook, self._transport, command, seconds, outcome.error)
@@ -79,10 +82,12 @@ class AsyncObserved:
         _tell(self._hook, self._transport, command, monotonic() - started, None)
         return result
 
-    async def run(self, commands: Sequence[Command[T]], deadline: float) -> list[Outcome[T]]:
+    async def run(
+        self, commands: Sequence[Command[T]], deadline: float, view: View | None = None
+    ) -> list[Outcome[T]]:
         """Say several; every one ends as a value or an error, in order."""
         started = monotonic()
-        outcomes = await self._transport.run(commands, deadline)
+        outcomes = await self._transport.run(commands, deadline, view)
         seconds = monotonic() - started
         for command, outcome in zip(commands, outcomes, strict=True):
             _tell(self._hook, self._transport, command, seconds, outcome.error)

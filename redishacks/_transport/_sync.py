@@ -303,9 +303,24 @@ class SyncTransport:
             talk.answered(talk.first(node.address), (reply,))
         return self._converse(talk, begun=True)[0].result()
 
-    def run(self, commands: Sequence[Command[T]], deadline: float) -> list[Outcome[T]]:
-        """Say several, one write per node; every one ends as a value or an error, in order."""
-        return self._converse(self._talk(commands, deadline, monotonic()))
+    def run(
+        self, commands: Sequence[Command[T]], deadline: float, view: View | None = None
+    ) -> list[Outcome[T]]:
+        """Say several, one write per node; every one ends as a value or an error, in order.
+
+        With a `view`, those that name a node are sent only as long as that is what is known.
+        """
+        return self._converse(self._talk(commands, deadline, monotonic(), view))
+
+    def learn(self, deadline: float) -> None:
+        """See that it is known who has which keys; raises what hinders it."""
+        if self._routes is not None and self._routes.view is None:
+            self._prepare(self._routes, self._talk((), deadline, monotonic()))
+
+    @property
+    def routes(self) -> Routes | None:
+        """What is known of several nodes; None for one server."""
+        return self._routes
 
     def close(self) -> None:
         """Close idle connections; the next call opens new ones."""
@@ -324,8 +339,14 @@ class SyncTransport:
             return show(self._settings.address)
         return self._routes.where(command.keys)
 
-    def _talk(self, commands: Sequence[Command[T]], deadline: float, now: float) -> Talk[T]:
-        return Talk(commands, deadline, now, self._settings.address, self._routes)
+    def _talk(
+        self,
+        commands: Sequence[Command[T]],
+        deadline: float,
+        now: float,
+        view: View | None = None,
+    ) -> Talk[T]:
+        return Talk(commands, deadline, now, self._settings.address, self._routes, view)
 
     def _usual(self, command: Command[Any]) -> tuple[Node | None, int]:
         """Return the node of a command and by which version it is that."""
@@ -351,7 +372,10 @@ class SyncTransport:
         while True:
             if not begun:
                 if self._routes is not None:
-                    self._prepare(self._routes, talk)
+                    try:
+                        self._prepare(self._routes, talk)
+                    except RedisHacksError as error:
+                        talk.refused(error)
                 if monotonic() < talk.end:
                     self._round(talk)
             begun = False
@@ -450,10 +474,12 @@ class _Within:
         """Say one once, in the time that is left."""
         return self.run((command,), deadline)[0].result()
 
-    def run(self, commands: Sequence[Command[T]], deadline: float) -> list[Outcome[T]]:
+    def run(
+        self, commands: Sequence[Command[T]], deadline: float, view: View | None = None
+    ) -> list[Outcome[T]]:
         """Say several once, in the time that is left."""
         limit = min(self._talk.deadline, self._give_up - monotonic())
-        return self._transport.once(commands, limit, self._view)
+        return self._transport.once(commands, limit, view or self._view)
 
 
 def _send(

@@ -1,0 +1,121 @@
+"""A batch as each node is told of it: runs of GET as one MGET, and of plain SET as one MSET.
+
+What several commands come to must be what each would have come to. So a run ends at any other
+command for its node. An MGET gives nil where GET fails with WRONGTYPE: in one transaction with it,
+EXISTS counts the keys, and when that shows more than there are values, all are read singly. An MSET
+that was refused is said again singly. Both come before anything later that touches one of the run's
+keys is sent: that is in the node's next stage.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from redishacks._command import Command, Outcome
+from redishacks._transport import pack_words
+from redishacks.errors import ServerError
+
+#: Commands of a batch that may be said together, and those that may not.
+GET, SET, OTHER = "GET", "SET", "other"
+#: Parts of one call, which takes several keys: values in order, none for what is no string; sums.
+MGET, SUMS = "MGET", ("DEL", "UNLINK", "EXISTS", "TOUCH")
+_READS = GET, MGET, "EXISTS"
+
+_MULTI, _EXEC = pack_words((b"MULTI",)), pack_words((b"EXEC",))
+
+
+class Call(NamedTuple):
+    """A command of a batch."""
+
+    kind: str
+    command: Command[Any]
+    #: Of a plain SET.
+    value: bytes = b""
+
+
+class Run(NamedTuple):
+    """What is said to a node as one command, for one or several of the batch."""
+
+    kind: str
+    #: Places in the batch.
+    places: list[int]
+    keys: list[bytes]
+    values: list[bytes]
+    #: Its command, when it is one.
+    single: Command[Any]
+
+
+def stages(calls: Sequence[tuple[int, Call]]) -> list[list[Run]]:
+    """Cut what goes to one node, in order, into stages of runs."""
+    stage: list[Run] = []
+    found = [stage]
+    #: Keys of merged runs of this stage.
+    read: set[bytes] = set()
+    written: set[bytes] = set()
+    run: Run | None = None
+    for place, call in calls:
+        kind, keys = call.kind, call.command.keys
+        if run is not None and (kind is not run.kind or kind is OTHER):
+            if len(run.places) > 1:
+                (read if run.kind in _READS else written).update(run.keys)
+            run = None
+        if (read or written) and (
+            not keys
+            or not written.isdisjoint(keys)
+            or (kind not in _READS and not read.isdisjoint(keys))
+        ):
+            stage, run = [], None
+            found.append(stage)
+            read.clear()
+            written.clear()
+        if run is None:
+            run = Run(kind, [place], list(keys), [call.value], call.command)
+            stage.append(run)
+        else:
+            run.places.append(place)
+            run.keys.append(keys[0])
+            run.values.append(call.value)
+    return found
+
+
+def command(run: Run) -> Command[Any]:
+    """Return what a run is said as; its value is a list when it is several commands."""
+    kind, keys = run.kind, tuple(run.keys)
+    if len(run.places) == 1:
+        return run.single
+    if kind is GET:
+        words = pack_words((b"MGET", *keys)), pack_words((b"EXISTS", *keys))
+        data = b"".join((_MULTI, *words, _EXEC))
+        return Command(("MGET",), keys, _values, repeatable=True, packed=data, replies=4)
+    if kind is MGET:
+        return Command(("MGET", *keys), keys, repeatable=True)
+    if kind is SET:
+        pairs = itertools.chain.from_iterable(zip(run.keys, run.values, strict=True))
+        return Command(("MSET", *pairs), keys, lambda reply: [reply] * len(keys))
+    # How many of them it was is of no interest: they are parts of one call.
+    return Command(
+        (kind, *keys),
+        keys,
+        lambda reply: [reply] + [0] * (len(keys) - 1),
+        repeatable=kind in _READS,
+    )
+
+
+def _values(replies: Sequence[Any]) -> list[bytes | None] | None:
+    """Return the values of an MGET, or None when each key has to be asked for."""
+    last = replies[-1]
+    if type(last) is not list or type(last[0]) is not list:
+        return None  # not permitted, perhaps for one of the keys
+    values, there = last
+    return values if len(values) - values.count(None) == there else None
+
+
+def singly(run: Run, outcome: Outcome[Any]) -> bool:
+    """Return whether nothing is known of the commands of a run, which each must be said again."""
+    if len(run.places) == 1:
+        return False
+    if run.kind is GET:
+        return outcome.error is None and outcome.value is None
+    return run.kind is SET and isinstance(outcome.error, ServerError)

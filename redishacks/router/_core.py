@@ -1,0 +1,235 @@
+"""What both colours of a router share: how a call becomes commands, and how a batch is settled."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+from redishacks._command import Ask, Command, Outcome, Steps, ask, ask_all, call
+from redishacks._keys import id_shown
+from redishacks._slots import key_slot
+from redishacks._transport import AsyncTransport, Overtaken, SyncTransport, View
+from redishacks.errors import (
+    PartlyAppliedError,
+    RedisHacksError,
+    UnavailableError,
+    UsageError,
+)
+from redishacks.router import _coalesce
+from redishacks.router._coalesce import GET, MGET, OTHER, SET, SUMS, Call, Run
+from redishacks.router._dialect import Dialect
+from redishacks.router._keyspecs import KeySpecs
+from redishacks.router.replies import Results
+
+#: Calls that are split over nodes: kind, and whether they write.
+_SPLIT = {b"MGET": MGET, b"MSET": SET, **{kind.encode(): kind for kind in SUMS}}
+_COMMAND: Command[KeySpecs] = Command(("COMMAND",), parse=KeySpecs, repeatable=True, bulk=True)
+
+#: Seconds for learning who has which keys.
+_LEARNING = 1.0
+
+#: How a call of redis-py's is recorded: its words, and what makes its value of the reply.
+Said = tuple[tuple[bytes, ...], Callable[[Any], Any]]
+
+
+class Core:
+    """Calls of redis-py's, as commands for nodes."""
+
+    def __init__(self, transport: SyncTransport | AsyncTransport, dialect: Dialect) -> None:
+        assert transport.routes is not None
+        self.transport = transport
+        self.routes = transport.routes
+        self.dialect = dialect
+        self.specs: KeySpecs | None = None
+
+    def say(self, args: Sequence[Any], options: Mapping[str, Any]) -> Said:
+        """Return a call as it is said and heard; raises `UsageError`."""
+        return self.dialect.words(args), self.dialect.parse(args[0], options)
+
+    def quick(self, said: Said) -> Command[Any] | None:
+        """Return a call as one command, without asking anybody; None when that takes more."""
+        words, parse = said
+        specs = self.specs
+        if specs is None or words[0] in _SPLIT:
+            return None
+        keys = specs.keys(words)
+        if keys is None:
+            return None
+        return Command(words, tuple(keys), parse, None, specs.is_read_only(words))
+
+    def run(self, said: Said) -> Steps[Any]:
+        """Say a call, whatever it takes; returns its value or raises its error."""
+        words, parse = said
+        kind = _SPLIT.get(words[0].upper())
+        if kind is not None and len(words) > 1:
+            return (yield from self._split(kind, words, parse))
+        return (yield from ask((yield from self._command(said))))
+
+    def call(self, said: Said) -> Steps[Call]:
+        """Return a call as a part of a batch; raises `UsageError`."""
+        words, parse = said
+        if words[0] == b"GET" and len(words) == 2:
+            return Call(GET, Command(words, words[1:], parse, None, True))
+        if words[0] == b"SET" and len(words) == 3:
+            return Call(SET, Command(words, words[1:2], parse), words[2])
+        return Call(OTHER, (yield from self._command(said)))
+
+    def _command(self, said: Said) -> Steps[Command[Any]]:
+        words, parse = said
+        if self.specs is None:
+            self.specs = yield from ask(_COMMAND)
+        specs = self.specs
+        keys = specs.keys(words)
+        if keys is None:
+            question = Command[Any]((b"COMMAND", b"GETKEYS", *words), repeatable=True)
+            (outcome,) = yield from ask_all([question])
+            if isinstance(outcome.error, UnavailableError):
+                raise outcome.error
+            keys = specs.learn(words, outcome.error or outcome.value or [])
+        return Command(words, tuple(keys), parse, None, specs.is_read_only(words))
+
+    def _split(
+        self, kind: str, words: tuple[bytes, ...], parse: Callable[[Any], Any]
+    ) -> Steps[Any]:
+        """Say a call for several keys to the nodes that have them."""
+        keys = words[1:]
+        values: Sequence[bytes] = ()
+        if kind is SET:
+            keys, values = words[1::2], words[2::2]
+            if len(keys) != len(values):
+                raise UsageError("MSET: each key needs a value")
+            calls = [
+                Call(SET, Command((b"SET", key, value), (key,)), value)
+                for key, value in zip(keys, values, strict=True)
+            ]
+        elif kind is MGET:
+            calls = [Call(MGET, Command((kind, key), (key,), _first, None, True)) for key in keys]
+        else:
+            reads = kind == "EXISTS"
+            calls = [Call(kind, Command((kind, key), (key,), int, None, reads)) for key in keys]
+        results = Results()
+        yield from self.settle(dict(enumerate(calls)), results, len(calls))
+        failed = {id_shown(keys[place]): error for place, error in results.errors.items()}
+        if failed:
+            first = next(iter(results.errors.values()))
+            if len(results.errors) == len(calls) or kind is MGET or kind == "EXISTS":
+                raise first
+            raise PartlyAppliedError(
+                f"{words[0].decode()}: {len(failed)} of {len(keys)} keys are not surely done; the "
+                f"first: {first}",
+                failed,
+            )
+        if kind is SET:
+            return parse(b"OK")
+        return parse(results.values if kind is MGET else sum(results.values))
+
+    # Batches
+
+    def settle(self, calls: Mapping[int, Call], results: Results, count: int) -> Steps[None]:
+        """Say a batch, each call by its place; when this returns, each has ended."""
+        results.begin(count)
+        left = calls
+        try:
+            if self.routes.view is None:
+                yield from call(self.transport.learn, _LEARNING)
+            while left:
+                left = yield from self._round(left, results)
+        except RedisHacksError as error:
+            # Not one of theirs: none was sent, or all that were have ended.
+            for place in left:
+                results.errors.setdefault(place, error)
+        finally:
+            results.end()
+
+    def _round(self, calls: Mapping[int, Call], results: Results) -> Steps[dict[int, Call]]:
+        """Say what is left of a batch; returns what was not sent, for who has it has changed."""
+        view = self.routes.view
+        if view is None or not view.settled or self.routes.stale:
+            outcomes = yield from ask_all([each.command for each in calls.values()])
+            for place, outcome in zip(calls, outcomes, strict=True):
+                results.settle(place, outcome)
+            return {}
+        groups: defaultdict[Any, list[tuple[int, Call]]] = defaultdict(list)
+        merges = view.version > 0
+        for place, each in calls.items():
+            try:
+                node = view.route(each.command.keys)
+            except UsageError as error:
+                results.errors[place] = error
+                continue
+            # Nodes of a cluster take several keys of one slot only.
+            keys = each.command.keys
+            groups[node if merges or not keys else key_slot(keys[0])].append((place, each))
+        plans = {group: _coalesce.stages(some) for group, some in groups.items()}
+        results.locate(lambda place: self.routes.where(calls[place].command.keys))
+        again: dict[int, Call] = {}
+        while plans:
+            yield from self._stage(view, plans, calls, results, again)
+        return dict(sorted(again.items()))
+
+    def _stage(
+        self,
+        view: View,
+        plans: dict[Any, list[list[Run]]],
+        calls: Mapping[int, Call],
+        results: Results,
+        again: dict[int, Call],
+    ) -> Steps[None]:
+        """Say the next stage of each node's plan."""
+        said = [(group, run) for group, plan in plans.items() for run in plan.pop(0)]
+        outcomes = yield from self._ask(
+            view, [(group, _coalesce.command(run)) for group, run in said]
+        )
+        singles: list[tuple[Any, int]] = []
+        for (group, run), outcome in zip(said, outcomes, strict=True):
+            if isinstance(outcome.error, Overtaken):
+                again.update((place, calls[place]) for place in run.places)
+            elif _coalesce.singly(run, outcome):
+                singles += [(group, place) for place in run.places]
+            else:
+                self._spread(run, outcome, calls, results)
+        if singles:
+            outcomes = yield from self._ask(
+                view, [(group, calls[place].command) for group, place in singles]
+            )
+            for (_, place), outcome in zip(singles, outcomes, strict=True):
+                if isinstance(outcome.error, Overtaken):
+                    again[place] = calls[place]
+                else:
+                    results.settle(place, outcome)
+        for group, plan in list(plans.items()):
+            if not plan:
+                del plans[group]
+        if again:  # what follows waits for it
+            for plan in plans.values():
+                for run in (run for stage in plan for run in stage):
+                    again.update((place, calls[place]) for place in run.places)
+            plans.clear()
+
+    def _ask(
+        self, view: View, said: Iterable[tuple[Any, Command[Any]]]
+    ) -> Steps[list[Outcome[Any]]]:
+        if view.version == 0:
+            commands = [command for _, command in said]
+            return (yield from ask_all(commands))
+        commands = [command._replace(node=group) for group, command in said]
+        outcomes: list[Outcome[Any]] = yield Ask(commands, view)
+        return outcomes
+
+    def _spread(
+        self, run: Run, outcome: Outcome[Any], calls: Mapping[int, Call], results: Results
+    ) -> None:
+        if len(run.places) == 1:
+            results.settle(run.places[0], outcome)
+        elif outcome.error is not None:
+            for place in run.places:
+                results.errors[place] = outcome.error
+        else:
+            for place, value in zip(run.places, outcome.value or (), strict=True):
+                parse = calls[place].command.parse
+                results.values[place] = parse([value] if run.kind is MGET else value)
+
+
+def _first(reply: Sequence[Any]) -> Any:
+    return reply[0]

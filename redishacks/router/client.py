@@ -1,0 +1,348 @@
+"""`Router` and `AsyncRouter`: redis-py's commands, each sent to the node that has its keys.
+
+    router = Router({"a": "redis://10.0.0.1", "b": {"url": "redis://10.0.0.2", "weight": 2}})
+    router.set("user:1", "x", ex=60)
+    with router.map(deadline=0.2) as m:
+        hits = [m.get(key) for key in keys]
+    router.node_for("user:1"); router.explain("user:1")
+
+Or over a real cluster: `Router.over(redis.RedisCluster(…))`, with the same methods.
+
+Keys on each node: see `redishacks.router.commands`. Trade-offs: nodes are independent, so a node
+that is gone takes its keys with it until it is back; who needs failover takes a cluster.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager
+from time import monotonic
+from typing import Any, NamedTuple, TypeVar
+
+import redis
+from redis.commands import AsyncCoreCommands, CoreCommands
+
+from redishacks._command import Command, Outcome, Steps
+from redishacks._drive import drive, drive_async
+from redishacks._slots import hash_tag, key_slot
+from redishacks._transport import (
+    AsyncTransport,
+    Settings,
+    SyncTransport,
+    connect,
+    connect_async,
+    connect_nodes,
+    connect_nodes_async,
+    read_settings,
+)
+from redishacks._units import Seconds, seconds
+from redishacks.errors import UsageError
+from redishacks.router._core import Core
+from redishacks.router._dialect import Dialect
+from redishacks.router._nodes import Nodes
+from redishacks.router.batch import Batch
+from redishacks.router.commands import Layout
+from redishacks.router.placement import Placement, check_name, check_weights
+from redishacks.router.topology import Wanted
+
+T = TypeVar("T")
+
+#: What a node may be given as: a URL, a client of redis-py, or {"url": …, "weight": …}.
+Node = Any
+
+
+class Explanation(NamedTuple):
+    """Why a key is where it is."""
+
+    key: bytes
+    #: What decides: the hash tag, or the whole key without one.
+    tag: bytes
+    slot: int
+    #: The name of its node.
+    node: str
+    #: Of what all clients agree on; 0 over a cluster.
+    version: int
+
+    def __str__(self) -> str:
+        by = "by its hash tag" if self.tag != self.key else "as a whole"
+        return f"{self.key!r}: slot {self.slot} {by}, on {self.node}"
+
+
+class _Base:
+    """What both colours know without asking anybody."""
+
+    _core: Core
+    #: redis-py's commands expect one; nobody listens.
+    _event_dispatcher: Any = None
+
+    def slot(self, key: Any) -> int:
+        """Return the slot of a key: what `CLUSTER KEYSLOT` says."""
+        return key_slot(self._core.dialect.encode(key))
+
+    def node_for(self, key: Any) -> str:
+        """Return the name of the node that has a key; over a cluster its host and port."""
+        self._loaded()
+        return self._core.routes.where((self._core.dialect.encode(key),))
+
+    def explain(self, key: Any) -> Explanation:
+        """Return why a key is where it is."""
+        self._loaded()
+        raw = self._core.dialect.encode(key)
+        view = self._core.routes.view
+        return Explanation(
+            raw,
+            hash_tag(raw),
+            key_slot(raw),
+            self._core.routes.where((raw,)),
+            view.version if view is not None else 0,
+        )
+
+    def _loaded(self) -> None:
+        raise NotImplementedError
+
+
+class Router(_Base, CoreCommands):
+    """redis-py's commands over several nodes; threads, greenlets and forked children may share it.
+
+    - `nodes`: names, and for each a URL, a `redis.Redis`, or `{"url": …, "weight": …}` with either.
+      Names decide which keys a node has; its address and password may change at any time. What is
+      stored on the nodes decides: nodes that it does not use yet may be given, never fewer.
+    - `placement`: how keys are spread over nodes that nobody has used yet, by default over slots as
+      a Redis Cluster does.
+    - `deadline`: seconds for a call.
+    - `prefix` of the keys in which the nodes keep what all clients agree on.
+
+    Raises `UsageError` for what can never work. Nothing is asked before the first call, which
+    raises `TopologyMismatchError` when this contradicts what is stored.
+    """
+
+    def __init__(
+        self,
+        nodes: Mapping[str, Node] | Iterable[tuple[str, Node]],
+        *,
+        placement: Placement | None = None,
+        deadline: Seconds = 1.0,
+        prefix: str = "rh",
+    ) -> None:
+        routes, dialect = _read(nodes, placement, prefix, asynchronous=False)
+        settings = routes.settings(next(iter(sorted(routes.nodes()))), Settings())
+        self._begin(connect_nodes(settings, routes), dialect, deadline)
+
+    @classmethod
+    def over(cls, cluster: Any, *, deadline: Seconds = 1.0) -> Router:
+        """Return a router over a `redis.RedisCluster`: its nodes say who has which keys."""
+        transport = connect(cluster).bare
+        if not transport.sharded:
+            raise UsageError("Router.over takes a redis.RedisCluster")
+        router = cls.__new__(cls)
+        router._begin(transport, _dialect_of(cluster), deadline)
+        return router
+
+    def _begin(self, transport: SyncTransport, dialect: Dialect, deadline: Seconds) -> None:
+        self._transport = transport
+        self._core = Core(transport, dialect)
+        self._deadline = seconds(deadline, "deadline")
+
+    @property
+    def redishacks_transport(self) -> SyncTransport:
+        """How commands reach the nodes: what every tool takes a router for."""
+        return self._transport
+
+    def connect(self) -> None:
+        """Learn who has which keys; the first call does so by itself."""
+        self._transport.learn(self._deadline)
+
+    def execute_command(self, *args: Any, **options: Any) -> Any:
+        """Say a command to the node that has its keys; all methods of redis-py come here."""
+        said = self._core.say(args, options)
+        command = self._core.quick(said)
+        if command is not None:
+            return self._transport.call(command, self._deadline)
+        return self._drive(self._core.run(said), self._deadline)
+
+    @contextmanager
+    def map(self, *, deadline: Seconds | None = None, on_error: str = "raise") -> Iterator[Batch]:
+        """Record commands, and say all when the block is left: see `redishacks.router.batch`.
+
+        `deadline` is for the whole batch. When some failed, `BatchError` has all replies; with
+        `on_error="return"` nothing is raised, and each reply tells.
+        """
+        raises = _raises(on_error)
+        wait = self._deadline if deadline is None else seconds(deadline, "deadline")
+        batch = Batch(self._core)
+        try:
+            yield batch
+        except BaseException:
+            batch.forget()
+            raise
+        self._drive(batch.send(raises=raises), wait)
+
+    def close(self) -> None:
+        """Close idle connections; the next call opens new ones."""
+        self._transport.close()
+
+    def _drive(self, steps: Steps[T], deadline: float) -> T:
+        return drive(steps, _Until(self._transport, monotonic() + deadline))
+
+    def _loaded(self) -> None:
+        if self._core.routes.view is None:
+            self.connect()
+
+
+class AsyncRouter(_Base, AsyncCoreCommands):  # type: ignore[misc]
+    """`Router` for asyncio; before `node_for` and `explain` comes `await router.connect()`."""
+
+    def __init__(
+        self,
+        nodes: Mapping[str, Node] | Iterable[tuple[str, Node]],
+        *,
+        placement: Placement | None = None,
+        deadline: Seconds = 1.0,
+        prefix: str = "rh",
+    ) -> None:
+        routes, dialect = _read(nodes, placement, prefix, asynchronous=True)
+        settings = routes.settings(next(iter(sorted(routes.nodes()))), Settings())
+        self._begin(connect_nodes_async(settings, routes), dialect, deadline)
+
+    @classmethod
+    def over(cls, cluster: Any, *, deadline: Seconds = 1.0) -> AsyncRouter:
+        """Return a router over a `redis.asyncio.RedisCluster`."""
+        transport = connect_async(cluster).bare
+        if not transport.sharded:
+            raise UsageError("AsyncRouter.over takes a redis.asyncio.RedisCluster")
+        router = cls.__new__(cls)
+        router._begin(transport, _dialect_of(cluster), deadline)
+        return router
+
+    def _begin(self, transport: AsyncTransport, dialect: Dialect, deadline: Seconds) -> None:
+        self._transport = transport
+        self._core = Core(transport, dialect)
+        self._deadline = seconds(deadline, "deadline")
+
+    @property
+    def redishacks_transport(self) -> AsyncTransport:
+        """How commands reach the nodes: what every tool takes a router for."""
+        return self._transport
+
+    async def connect(self) -> None:
+        """Learn who has which keys; the first call does so by itself."""
+        await self._transport.learn(self._deadline)
+
+    async def execute_command(self, *args: Any, **options: Any) -> Any:
+        """Say a command to the node that has its keys; all methods of redis-py come here."""
+        said = self._core.say(args, options)
+        command = self._core.quick(said)
+        if command is not None:
+            return await self._transport.call(command, self._deadline)
+        return await self._drive(self._core.run(said), self._deadline)
+
+    @asynccontextmanager
+    async def map(
+        self, *, deadline: Seconds | None = None, on_error: str = "raise"
+    ) -> AsyncIterator[Batch]:
+        """Record commands, and say all of them when the block is left, as `Router.map`."""
+        raises = _raises(on_error)
+        wait = self._deadline if deadline is None else seconds(deadline, "deadline")
+        batch = Batch(self._core)
+        try:
+            yield batch
+        except BaseException:
+            batch.forget()
+            raise
+        await self._drive(batch.send(raises=raises), wait)
+
+    async def aclose(self) -> None:
+        """Close this loop's connections; the next call opens new ones."""
+        await self._transport.aclose()
+
+    async def _drive(self, steps: Steps[T], deadline: float) -> T:
+        return await drive_async(steps, _AsyncUntil(self._transport, monotonic() + deadline))
+
+    def _loaded(self) -> None:
+        if self._core.routes.view is None:
+            raise UsageError("nothing is known of the nodes yet: await router.connect() first")
+
+
+class _Until:
+    """Several exchanges that end at one time."""
+
+    def __init__(self, transport: SyncTransport, end: float) -> None:
+        self._transport, self._end = transport, end
+
+    def call(self, command: Command[T], deadline: float) -> T:
+        """Say one command in what is left of the time."""
+        return self._transport.call(command, max(0.0, self._end - monotonic()))
+
+    def run(
+        self, commands: Sequence[Command[T]], deadline: float, view: Any = None
+    ) -> list[Outcome[T]]:
+        """Say several in what is left of the time."""
+        return self._transport.run(commands, max(0.0, self._end - monotonic()), view)
+
+
+class _AsyncUntil:
+    """The same for asyncio."""
+
+    def __init__(self, transport: AsyncTransport, end: float) -> None:
+        self._transport, self._end = transport, end
+
+    async def call(self, command: Command[T], deadline: float) -> T:
+        """Say one command in what is left of the time."""
+        return await self._transport.call(command, max(0.0, self._end - monotonic()))
+
+    async def run(
+        self, commands: Sequence[Command[T]], deadline: float, view: Any = None
+    ) -> list[Outcome[T]]:
+        """Say several in what is left of the time."""
+        return await self._transport.run(commands, max(0.0, self._end - monotonic()), view)
+
+
+def _raises(on_error: str) -> bool:
+    if on_error not in ("raise", "return"):
+        raise UsageError(f'on_error is "raise" or "return", not {on_error!r}')
+    return on_error == "raise"
+
+
+def _dialect_of(cluster: Any) -> Dialect:
+    options = cluster.get_connection_kwargs()
+    known = ("protocol", "decode_responses", "encoding", "encoding_errors")
+    given = {name: options[name] for name in known if options.get(name) is not None}
+    return Dialect(redis.Redis(**given))
+
+
+def _read(
+    nodes: Mapping[str, Node] | Iterable[tuple[str, Node]],
+    placement: Placement | None,
+    prefix: str,
+    *,
+    asynchronous: bool,
+) -> tuple[Nodes, Dialect]:
+    pairs = list(nodes.items() if isinstance(nodes, Mapping) else nodes)
+    settings: dict[str, Settings] = {}
+    weights: dict[str, Any] = {}
+    dialects: list[Dialect] = []
+    for name, given in pairs:
+        if check_name(name) in settings:
+            raise UsageError(f"node {name} is given twice")
+        client = given
+        if isinstance(given, Mapping):
+            if unknown := given.keys() - {"url", "weight"}:
+                raise UsageError(f"node {name}: url and weight, not {', '.join(sorted(unknown))}")
+            if "url" not in given:
+                raise UsageError(f"node {name}: its url is missing")
+            client = given["url"]
+            if "weight" in given:
+                weights[name] = given["weight"]
+        try:
+            settings[name] = read_settings(client, asynchronous=asynchronous)
+        except UsageError as error:
+            raise UsageError(f"node {name}: {error}") from None
+        dialects.append(Dialect(client))
+    check_weights({name: weights.get(name, 1) for name in settings})
+    if (
+        len({dialect.decodes for dialect in dialects}) > 1
+        or len({each.protocol for each in settings.values()}) > 1
+    ):
+        raise UsageError("all nodes must have the same protocol and decode_responses")
+    wanted = Wanted(tuple(sorted(settings)), weights, placement)
+    return Nodes(settings, wanted, Layout(prefix)), dialects[0]
