@@ -6,6 +6,7 @@ CRC16 (XMODEM), as in the Redis Cluster specification; the standard library has 
 from __future__ import annotations
 
 from binascii import crc_hqx
+from collections.abc import Sequence
 
 SLOTS = 16384
 
@@ -18,6 +19,13 @@ def key_slot(key: bytes) -> int:
         if end > start + 1:
             key = key[start + 1 : end]
     return crc_hqx(key, 0) % SLOTS
+
+
+def key_slots(keys: Sequence[bytes]) -> list[int]:
+    """Return the slot of each key."""
+    if b"{" in b"".join(keys):
+        return list(map(key_slot, keys))
+    return [crc_hqx(key, 0) % SLOTS for key in keys]
 
 
 def hash_tag(key: bytes) -> bytes:

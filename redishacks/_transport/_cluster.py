@@ -34,6 +34,8 @@ class SlotMap:
     version = 0
     #: Channels of SPUBLISH do as well.
     shards = True
+    #: Its nodes take several keys of one slot only.
+    by_slot = None
     #: What keys that move need is for the nodes to say.
     settled = True
 

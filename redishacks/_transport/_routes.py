@@ -34,6 +34,10 @@ class View(Protocol):
     def settled(self) -> bool:
         """No key is moving."""
 
+    @property
+    def by_slot(self) -> Sequence[Address] | None:
+        """The node of each slot, for who sends many; None when they cannot be told so."""
+
     def route(self, keys: Sequence[bytes], avoid: Address | None = None) -> Address:
         """Return the node for a command; without keys any but the one to avoid.
 

@@ -1,10 +1,10 @@
 """A batch as each node is told of it: runs of GET as one MGET, and of plain SET as one MSET.
 
 What several commands come to must be what each would have come to. So a run ends at any other
-command for its node. An MGET gives nil where GET fails with WRONGTYPE: in one transaction with it,
-EXISTS counts the keys, and when that shows more than there are values, all are read singly. An MSET
-that was refused is said again singly. Both come before anything later that touches one of the run's
-keys is sent: that is in the node's next stage.
+command for its node. An MGET gives nil where GET fails with WRONGTYPE: in the same write EXISTS
+counts its keys, and when those are not as many as the values, all are read singly. An MSET that was
+refused is said again singly. Both come before anything later that touches one of the run's keys is
+sent: that is in the node's next stage.
 """
 
 from __future__ import annotations
@@ -22,8 +22,6 @@ GET, SET, OTHER = "GET", "SET", "other"
 #: Parts of one call, which takes several keys: values in order, none for what is no string; sums.
 MGET, SUMS = "MGET", ("DEL", "UNLINK", "EXISTS", "TOUCH")
 _READS = GET, MGET, "EXISTS"
-
-_MULTI, _EXEC = pack_words((b"MULTI",)), pack_words((b"EXEC",))
 
 
 class Call(NamedTuple):
@@ -86,9 +84,7 @@ def command(run: Run) -> Command[Any]:
     if len(run.places) == 1:
         return run.single
     if kind is GET:
-        words = pack_words((b"MGET", *keys)), pack_words((b"EXISTS", *keys))
-        data = b"".join((_MULTI, *words, _EXEC))
-        return Command(("MGET",), keys, _values, repeatable=True, packed=data, replies=4)
+        return gets(keys)
     if kind is MGET:
         return Command(("MGET", *keys), keys, repeatable=True)
     if kind is SET:
@@ -103,12 +99,19 @@ def command(run: Run) -> Command[Any]:
     )
 
 
+def gets(keys: Sequence[bytes]) -> Command[list[bytes | None] | None]:
+    """Return several GETs as one command; its value is None when they must be said singly."""
+    mget = pack_words((b"MGET", *keys))
+    head, _, tail = mget.partition(b"$4\r\nMGET\r\n")
+    data = b"".join((mget, head, b"$6\r\nEXISTS\r\n", tail))
+    return Command(("MGET",), tuple(keys), _values, None, True, False, data, None, 2)
+
+
 def _values(replies: Sequence[Any]) -> list[bytes | None] | None:
     """Return the values of an MGET, or None when each key has to be asked for."""
-    last = replies[-1]
-    if type(last) is not list or type(last[0]) is not list:
+    values, there = replies
+    if type(values) is not list:
         return None  # not permitted, perhaps for one of the keys
-    values, there = last
     return values if len(values) - values.count(None) == there else None
 
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from redishacks._command import Ask, Command, Outcome, Steps, ask, ask_all, call
 from redishacks._keys import id_shown
-from redishacks._slots import key_slot
-from redishacks._transport import AsyncTransport, Overtaken, SyncTransport, View
+from redishacks._slots import key_slot, key_slots
+from redishacks._transport import Address, AsyncTransport, Overtaken, SyncTransport, View
 from redishacks.errors import (
     PartlyAppliedError,
     RedisHacksError,
@@ -33,6 +33,21 @@ _LEARNING = 1.0
 Said = tuple[tuple[bytes, ...], Callable[[Any], Any]]
 
 
+#: What redis-py says of a call besides its words, and has no part in reading the reply.
+_KEYS_ALONE = {"keys"}
+
+
+class Form(NamedTuple):
+    """How a command is said whose only key is its first argument."""
+
+    word: bytes
+    #: How many words it has.
+    least: int
+    most: int
+    parse: Callable[[Any], Any]
+    reads: bool
+
+
 class Core:
     """Calls of redis-py's, as commands for nodes."""
 
@@ -42,21 +57,37 @@ class Core:
         self.routes = transport.routes
         self.dialect = dialect
         self.specs: KeySpecs | None = None
+        self._forms: dict[str, Form] = {}
 
     def say(self, args: Sequence[Any], options: Mapping[str, Any]) -> Said:
         """Return a call as it is said and heard; raises `UsageError`."""
         return self.dialect.words(args), self.dialect.parse(args[0], options)
 
-    def quick(self, said: Said) -> Command[Any] | None:
-        """Return a call as one command, without asking anybody; None when that takes more."""
-        words, parse = said
-        specs = self.specs
-        if specs is None or words[0] in _SPLIT:
+    def quick(self, args: Sequence[Any], options: Mapping[str, Any]) -> Command[Any] | None:
+        """Return a call as one command, if that can be done in a moment: most have one key."""
+        name = args[0]
+        form = self._forms.get(name)
+        if form is None:
+            if self.specs is not None:
+                self._learn_form(name)
             return None
-        keys = specs.keys(words)
-        if keys is None:
+        word, least, most, parse, reads = form
+        if not least <= len(args) <= most or (options and options.keys() != _KEYS_ALONE):
             return None
-        return Command(words, tuple(keys), parse, None, specs.is_read_only(words))
+        encode = self.dialect.encode
+        key = encode(args[1])
+        words = (word, key) if len(args) == 2 else (word, key, *map(encode, args[2:]))
+        return Command(words, (key,), parse, None, reads)
+
+    def _learn_form(self, name: str) -> None:
+        """Take note of how a command is said that has one key, as its first argument."""
+        assert self.specs is not None
+        word = name.encode()
+        bounds = self.specs.bounds(word)
+        if bounds is not None and word not in _SPLIT:
+            parse = self.dialect.parse(name, {})
+            reads = self.specs.is_read_only((word,) * bounds[0])
+            self._forms[name] = Form(word, *bounds, parse, reads)
 
     def run(self, said: Said) -> Steps[Any]:
         """Say a call, whatever it takes; returns its value or raises its error."""
@@ -125,6 +156,39 @@ class Core:
         return parse(results.values if kind is MGET else sum(results.values))
 
     # Batches
+
+    def settle_gets(self, keys: Sequence[Any], results: Results) -> Steps[bool]:
+        """Settle a batch of nothing but GETs, as keys, if that can be done in one exchange.
+
+        Else it returns False, and nothing has become of the batch.
+        """
+        if set(map(type, keys)) != {bytes}:
+            return False
+        if self.routes.view is None:
+            return False
+        view = self.routes.view
+        by_slot = view.by_slot if view.settled and not self.routes.stale else None
+        if by_slot is None:
+            return False
+        owners = [by_slot[slot] for slot in key_slots(keys)]
+        groups: dict[Address, list[bytes]] = {owner: [] for owner in set(owners)}
+        for key, owner in zip(keys, owners, strict=True):
+            groups[owner].append(key)
+        outcomes: list[Outcome[Any]] = yield Ask(
+            [_coalesce.gets(some)._replace(node=node) for node, some in groups.items()], view
+        )
+        found: dict[Address, Iterator[Any]] = {}
+        for node, outcome in zip(groups, outcomes, strict=True):
+            if outcome.error is not None or outcome.value is None:
+                return False  # reads do no harm twice
+            found[node] = iter(outcome.value)
+        values = [next(found[owner]) for owner in owners]
+        if self.dialect.decodes:
+            values = [self.dialect.decode(value) for value in values]
+        results.values = values
+        results.locate(lambda place: self.routes.where((keys[place],)))
+        results.settled = True
+        return True
 
     def settle(self, calls: Mapping[int, Call], results: Results, count: int) -> Steps[None]:
         """Say a batch, each call by its place; when this returns, each has ended."""

@@ -50,9 +50,11 @@ class Known:
         self.serving: Placement = topology.placement
         if topology.target is not None and topology.state != CLOSING:
             self.serving = topology.target
-        self._by_slot: list[Address] | None = None
+        #: The node of each slot; None when it is not slots that decide.
+        self.by_slot: list[Address] | None = None
         if isinstance(self.serving, SlotTable):
-            self._by_slot = [address(name) for name in self.serving.by_slot]
+            every = {name: address(name) for name in self.serving.nodes}
+            self.by_slot = [every[name] for name in self.serving.by_slot]
 
     def route(self, keys: Sequence[bytes], avoid: Address | None = None) -> Address:
         """Return the node for a command; without keys any but the one to avoid.
@@ -62,7 +64,7 @@ class Known:
         if not keys:
             every = [address(name) for name in self.topology.nodes]
             return random.choice([node for node in every if node != avoid] or every)
-        if self._by_slot is None:
+        if self.by_slot is None:
             return self._together(keys)
         slot = key_slot(keys[0])
         for key in keys[1:]:
@@ -70,7 +72,7 @@ class Known:
                 raise CrossNodeError(
                     f"keys of one command must share a slot: {keys[0]!r} and {key!r} do not"
                 )
-        return self._by_slot[slot]
+        return self.by_slot[slot]
 
     def _together(self, keys: Sequence[bytes]) -> Address:
         name = self.serving.node_for(keys[0])

@@ -31,31 +31,45 @@ class Batch(CoreCommands):
 
     def __init__(self, core: Core) -> None:
         self._core = core
-        self._said: list[Said] = []
-        self._replies: list[Reply] = []
+        #: A key alone stands for a plain GET: by far the most.
+        self._said: list[Said | bytes] = []
         self._results = Results()
 
     def execute_command(self, *args: Any, **options: Any) -> Reply:
         """Record a command; raises `UsageError` for what cannot be encoded."""
         if self._results.settled:
             raise UsageError("this batch was sent already: begin another one")
-        self._said.append(self._core.say(args, options))
-        reply = Reply(self._results, len(self._replies))
-        self._replies.append(reply)
+        said = self._said
+        reply = Reply(self._results, len(said))
+        said.append(self._core.say(args, options))
+        return reply
+
+    def get(self, name: Any) -> Reply:  # type: ignore[override]
+        """Record a GET; raises `UsageError` for what cannot be encoded."""
+        kind = type(name)
+        if kind is not bytes:
+            name = name.encode() if kind is str else self._core.dialect.encode(name)
+        if self._results.settled:
+            return self.execute_command("GET", name)
+        said = self._said
+        reply = Reply(self._results, len(said))
+        said.append(name)
         return reply
 
     def send(self, *, raises: bool) -> Steps[None]:
         """Say all and settle every reply; if it `raises`, it is a `BatchError` when some failed."""
-        core, results = self._core, self._results
-        calls: dict[int, Call] = {}
-        for place, said in enumerate(self._said):
-            try:
-                calls[place] = yield from core.call(said)
-            except RedisHacksError as error:
-                results.errors[place] = error
-        yield from core.settle(calls, results, len(self._said))
+        core, results, said = self._core, self._results, self._said
+        if not (yield from core.settle_gets(said, results)):
+            calls: dict[int, Call] = {}
+            for place, one in enumerate(said):
+                try:
+                    whole = core.say(("GET", one), {}) if isinstance(one, bytes) else one
+                    calls[place] = yield from core.call(whole)
+                except RedisHacksError as error:
+                    results.errors[place] = error
+            yield from core.settle(calls, results, len(said))
         if raises and results.errors:
-            raise BatchError(self._replies)
+            raise BatchError([Reply(results, place) for place in range(len(said))])
 
     def forget(self) -> None:
         """Send nothing."""
@@ -63,4 +77,4 @@ class Batch(CoreCommands):
         self._results.abandon()
 
     def __len__(self) -> int:
-        return len(self._replies)
+        return len(self._said)

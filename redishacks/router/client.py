@@ -154,11 +154,11 @@ class Router(_Base, CoreCommands):
 
     def execute_command(self, *args: Any, **options: Any) -> Any:
         """Say a command to the node that has its keys; all methods of redis-py come here."""
-        said = self._core.say(args, options)
-        command = self._core.quick(said)
+        core = self._core
+        command = core.quick(args, options)
         if command is not None:
             return self._transport.call(command, self._deadline)
-        return self._drive(self._core.run(said), self._deadline)
+        return self._drive(core.run(core.say(args, options)), self._deadline)
 
     @contextmanager
     def map(self, *, deadline: Seconds | None = None, on_error: str = "raise") -> Iterator[Batch]:
@@ -230,11 +230,11 @@ class AsyncRouter(_Base, AsyncCoreCommands):  # type: ignore[misc]
 
     async def execute_command(self, *args: Any, **options: Any) -> Any:
         """Say a command to the node that has its keys; all methods of redis-py come here."""
-        said = self._core.say(args, options)
-        command = self._core.quick(said)
+        core = self._core
+        command = core.quick(args, options)
         if command is not None:
             return await self._transport.call(command, self._deadline)
-        return await self._drive(self._core.run(said), self._deadline)
+        return await self._drive(core.run(core.say(args, options)), self._deadline)
 
     @asynccontextmanager
     async def map(

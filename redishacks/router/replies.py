@@ -67,10 +67,13 @@ class Reply:
     @property
     def value(self) -> Any:
         """The value that redis-py would return; raises the error if there was one."""
+        results = self._results
+        if results.settled and not results.errors:
+            return results.values[self._place]
         error = self.error
         if error is not None:
             raise error
-        return self._results.values[self._place]
+        return results.values[self._place]
 
     @property
     def error(self) -> Exception | None:
