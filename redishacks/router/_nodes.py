@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import dataclasses
 import random
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, TypeVar
 
 from hiredis import ReplyError
 
-from redishacks._command import Steps, ask, ask_all
+from redishacks._command import Command, Steps, ask, ask_all
 from redishacks._slots import key_slot
 from redishacks._transport import PULL, WAIT, Address, Refused, Settings, View, Words
 from redishacks.errors import (
@@ -26,6 +26,8 @@ from redishacks.errors import (
 from redishacks.router.commands import Layout, Stored
 from redishacks.router.placement import Placement, SlotTable
 from redishacks.router.topology import CLOSING, SETTLED, Stamp, Topology, Wanted
+
+T = TypeVar("T")
 
 #: What stands in the place of a port: connections that are fenced, and those that are not, over
 #: which nothing is said but what nodes are told of themselves.
@@ -42,8 +44,9 @@ def address(name: str) -> Address:
 class Known:
     """What is known at one moment; it never changes."""
 
-    def __init__(self, topology: Topology) -> None:
+    def __init__(self, topology: Topology, layout: Layout) -> None:
         self.topology = topology
+        self._layout = layout
         self.version = topology.version
         self.settled = topology.state == SETTLED
         #: Who serves keys now: before they move the old node, and the new one from then on.
@@ -91,8 +94,39 @@ class Known:
         return WAIT if self.topology.state == CLOSING else PULL
 
     def pull(self, keys: Sequence[bytes]) -> Steps[None]:
-        """Bring keys to the node that `route` names; raises what hinders it."""
-        raise NotImplementedError
+        """Bring keys to the node that `route` names; raises what hinders it.
+
+        Two round trips and a half for keys that are there, one for those that are not any more.
+        """
+        layout, version = self._layout, self.version
+        old = _grouped(keys, self.topology.placement)
+        given = yield from _all([layout.give(node, some) for node, some in old.items()])
+        gifts = {gift.key: gift for some in given for gift in some or ()}
+        new = _grouped(gifts, self.serving)
+        takes = [
+            layout.take(node, [gifts[key] for key in some], version) for node, some in new.items()
+        ]
+        if not all((yield from _all(takes))):
+            raise UnavailableError("a node has lost what it knew of the move: it must begin again")
+        yield from _all(
+            [
+                layout.forget(node, some)
+                for node, some in _grouped(gifts, self.topology.placement).items()
+            ]
+        )
+
+
+def _grouped(keys: Iterable[bytes], placement: Placement) -> dict[Address, list[bytes]]:
+    groups: dict[Address, list[bytes]] = {}
+    for key in keys:
+        groups.setdefault(address(placement.node_for(key)), []).append(key)
+    return groups
+
+
+def _all(commands: Sequence[Command[T]]) -> Steps[list[T]]:
+    """Say commands, if there are any; raises the first error."""
+    outcomes = (yield from ask_all(commands)) if commands else []
+    return [outcome.result() for outcome in outcomes]
 
 
 class Greeting:
@@ -205,7 +239,7 @@ class Nodes:
         One round trip. A node that has lost it is told again, once all others say what is newest.
         """
         hint, self._hint = self._hint, None
-        names = [name for name, kind in self._settings if kind == _OPEN]
+        names = self.names
         found = yield from self._read([hint] if hint else names)
         newest = self._newest(found)
         if newest is None or (self.view is not None and newest.version <= self.view.version):
@@ -218,8 +252,22 @@ class Nodes:
             return
         self.wanted.check(newest)
         if self.view is None or newest.version >= self.view.version:
-            self.view = Known(newest)
+            self.view = Known(newest, self.layout)
         self.stale = False
+
+    def adopt(self, topology: Topology) -> None:
+        """Go by a topology that was told to the nodes just now."""
+        self.view = Known(topology, self.layout)
+        self.stale = False
+
+    def open(self, name: str) -> Address:
+        """Return a node's address over connections that are not fenced."""
+        return name, _OPEN
+
+    @property
+    def names(self) -> list[str]:
+        """Every node that was given."""
+        return [name for name, kind in self._settings if kind == _OPEN]
 
     def _read(self, names: Sequence[str]) -> Steps[dict[str, Stored]]:
         """Return what nodes have stored; those that do not answer are left out."""
@@ -266,7 +314,7 @@ class Nodes:
         if behind and any(name in missing for name in newest.nodes):
             return newest  # they serve nothing until then
         for name in behind:
-            stored = yield from ask(self.layout.tell((name, _OPEN), name, newest))
+            stored = yield from ask(self.layout.tell((name, _OPEN), newest))
             assert stored is not None
             if fresh:
                 # The first node decides between those that begin at the same time.

@@ -2,15 +2,23 @@
 
 On every node:
 
-    rh:r1:{router}:node     hash   version, stamp, topology; no TTL, for it says who has which keys
+    rh:r1:{router}:node              hash    version, stamp, topology; no TTL: it says who has which
+                                             keys
+    rh:r1:{router}:mover             string  token of who moves keys; TTL 10 s, renewed
+    rh:r1:{router}:taken:<version>   set     names of keys that were taken in a move; no TTL: when
+                                             the move has ended it is dropped
+    rh:r1:{router}:aside:<key>       any     a key that is being moved away; TTL of the key
 """
 
 from __future__ import annotations
 
-from typing import Any
+import itertools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 from redishacks import _keys
 from redishacks._command import Arg, Command, script
+from redishacks._transport import Address
 from redishacks.router.topology import Stamp, Topology
 
 #: The tool's letter and the version of its keys.
@@ -20,35 +28,159 @@ TOOL = "r1"
 Stored = tuple[Stamp, Topology] | None
 
 
+class Gift(NamedTuple):
+    """What a node had of a key."""
+
+    key: bytes
+    dump: bytes
+    #: Milliseconds to live, -1 for ever.
+    pttl: int
+
+
 class Layout:
     """Keys and commands of one router."""
 
     def __init__(self, prefix: str) -> None:
-        self._node = _keys.make(_keys.check_name(prefix, "prefix"), TOOL, "router", "node")
+        self._prefix = _keys.check_name(prefix, "prefix")
+        self._node = self._key("node")
+        self._mover = self._key("mover")
+        #: How the names begin of keys that are set aside.
+        self.aside_prefix = self._key("aside") + b":"
+
+    def _key(self, *rest: str) -> bytes:
+        return _keys.make(self._prefix, TOOL, "router", *rest)
+
+    def is_own(self, key: bytes) -> bool:
+        """Return whether a key is the router's own, and not one that it has set aside."""
+        begin = self._key("")
+        return key.startswith(begin) and not key.startswith(self.aside_prefix)
 
     @property
-    def own(self) -> tuple[bytes, ...]:
-        """The keys of each node that are the router's own."""
-        return (self._node,)
+    def pattern(self) -> str:
+        """Matches the router's own keys in SCAN."""
+        return _keys.literal(self._key("").decode()) + "*"
+
+    def _taken(self, version: int) -> bytes:
+        return self._key("taken", str(version))
+
+    def _aside(self, key: bytes) -> bytes:
+        return self.aside_prefix + key
 
     @property
     def stamp(self) -> tuple[bytes, ...]:
         """The words that read a node's stamp."""
         return b"HGET", self._node, b"stamp"
 
-    def read(self, address: tuple[str, int]) -> Command[Stored]:
+    def read(self, address: Address) -> Command[Stored]:
         """Read what a node has stored."""
         args = "HMGET", self._node, "stamp", "topology"
         return Command(args, (self._node,), _stored, repeatable=True, node=address)
 
-    def tell(self, address: tuple[str, int], name: str, topology: Topology) -> Command[Stored]:
-        """Tell a node of a topology, unless it knows a newer one; says what it knows then."""
-        args = str(topology.version), str(topology.stamp(name)), topology.dump()
-        return _whole(
-            Command(
-                args, (self._node,), _stored, script("router_stamp"), repeatable=True, node=address
-            )
+    def tell(self, address: Address, topology: Topology, token: str = "") -> Command[Stored]:
+        """Tell a node of a topology, unless it knows a newer one; says what it knows then.
+
+        None when it was said with the token of a mover, and that is another one by now.
+        """
+        args = str(topology.version), str(topology.stamp(address[0])), topology.dump(), token
+        keys = self._node, self._mover
+        return _whole(Command(args, keys, _stored, script("router_stamp"), True, node=address))
+
+    # Moving
+
+    def claim(
+        self, address: Address, token: str, ttl: float, *, force: bool
+    ) -> Command[tuple[str, float] | None]:
+        """Become the mover on a node, for `ttl` seconds or until it is said again.
+
+        None, or who it is, and for how many seconds if that one does nothing.
+        """
+        args = token, str(round(ttl * 1000)), "1" if force else ""
+        keys = (self._mover,)
+        return _whole(Command(args, keys, _claimed, script("router_mover"), True, node=address))
+
+    def resign(self, address: Address) -> Command[int]:
+        """Be the mover no more."""
+        return Command(("UNLINK", self._mover), (self._mover,), repeatable=True, node=address)
+
+    def begin(self, address: Address, version: int) -> Command[int]:
+        """Let a node take keys in a move."""
+        key = self._taken(version)
+        return Command(("SADD", key, ""), (key,), repeatable=True, node=address)
+
+    def end(self, address: Address, version: int) -> Command[int]:
+        """Let a node forget what was taken: nobody can take it again."""
+        key = self._taken(version)
+        return Command(("UNLINK", key), (key,), repeatable=True, node=address)
+
+    def give(
+        self, address: Address, keys: Sequence[bytes], token: str = ""
+    ) -> Command[list[Gift] | None]:
+        """Set keys aside on a node that had them; says what they hold, and nothing of none.
+
+        None when it was said with the token of a mover, and that is another one by now.
+        """
+        pairs = itertools.chain.from_iterable((key, self._aside(key)) for key in keys)
+
+        def parse(reply: list[Any]) -> list[Gift] | None:
+            if not reply:
+                return None
+            three = zip(keys, reply[::2], reply[1::2], strict=True)
+            return [Gift(key, dump, pttl) for key, dump, pttl in three if dump is not None]
+
+        command = Command[Any](
+            (token,), (self._mover, *pairs), parse, script("router_give"), True, node=address
         )
+        return _whole(command)
+
+    def take(
+        self, address: Address, gifts: Sequence[Gift], version: int, token: str = ""
+    ) -> Command[bool]:
+        """Make keys on a node, each at most once in a move; False when that may not be."""
+        keys = self._mover, self._taken(version), *(gift.key for gift in gifts)
+        args: list[Arg] = [token]
+        for gift in gifts:
+            args += gift.dump, str(gift.pttl)
+        command = Command(tuple(args), keys, bool, script("router_take"), True, node=address)
+        return _whole(command)
+
+    def forget(self, address: Address, keys: Sequence[bytes]) -> Command[int]:
+        """Drop what was set aside: it was taken."""
+        aside = tuple(map(self._aside, keys))
+        return Command(("UNLINK", *aside), aside, repeatable=True, node=address)
+
+    def scan(
+        self, address: Address, cursor: bytes, count: int
+    ) -> Command[tuple[bytes, list[bytes]]]:
+        """Read some of a node's keys, with the names that those had which are set aside."""
+        own, aside = self._key(""), self.aside_prefix
+
+        def parse(reply: tuple[bytes, list[bytes]]) -> tuple[bytes, list[bytes]]:
+            cursor, keys = reply
+            return cursor, [
+                key.removeprefix(aside)
+                for key in keys
+                if not key.startswith(own) or key.startswith(aside)
+            ]
+
+        args = "SCAN", cursor, "COUNT", str(count)
+        return Command(args, (), parse, repeatable=True, node=address)
+
+    def clients(self, address: Address) -> Command[list[Client]]:
+        """List the connections of a node that go by some version."""
+        return Command(("CLIENT", "LIST"), (), _clients, repeatable=True, node=address)
+
+    def kill(self, address: Address, client: Client) -> Command[Any]:
+        """End a connection; one that is blocked only wakes up, as if its time were over."""
+        words = ("CLIENT", "UNBLOCK") if client.blocked else ("CLIENT", "KILL", "ID")
+        return Command((*words, str(client.id)), (), repeatable=True, node=address)
+
+
+class Client(NamedTuple):
+    """A connection that goes by some version."""
+
+    id: int
+    version: int
+    blocked: bool
 
 
 def _whole(command: Command[Any]) -> Command[Any]:
@@ -58,7 +190,24 @@ def _whole(command: Command[Any]) -> Command[Any]:
     return command._replace(args=(*head, *command.keys, *command.args), script=None)
 
 
+def _claimed(reply: list[Any]) -> tuple[str, float] | None:
+    return None if reply[0] else (reply[1].decode(), max(0, reply[2]) / 1000)
+
+
+def _clients(reply: bytes) -> list[Client]:
+    found = []
+    for line in reply.decode("utf-8", "replace").splitlines():
+        fields = dict(field.partition("=")[::2] for field in line.split(" "))
+        version = fields.get("name", "").removeprefix("rh-")
+        if version.isdigit() and fields["name"] != version:
+            blocked = "b" in fields.get("flags", "")
+            found.append(Client(int(fields["id"]), int(version), blocked))
+    return found
+
+
 def _stored(reply: list[bytes | None]) -> Stored:
+    if not reply:
+        return None
     stamp, topology = reply
     if stamp is None or topology is None:
         return None
