@@ -24,6 +24,7 @@ from redishacks.timeseries import (
 )
 from redishacks.timeseries.plan import plan
 from redishacks.timeseries.resolution import DAY, HOUR, MINUTE, ladder
+from tests.timeseries_kit import noon
 
 
 @pytest.fixture
@@ -113,6 +114,30 @@ def test_a_hit_that_nobody_can_read_is_refused(url: str, prefix: str) -> None:
     series.add_resolution((HOUR, 30 * DAY))
     with pytest.raises(UsageError, match="older than all that is kept"):
         series.incr("a", at=time.time() - DAY)
+
+
+# Days
+
+
+@pytest.mark.parametrize(
+    ("kind", "write"),
+    [
+        (TimeSeries, lambda series: series.incr("a")),
+        (GaugeSeries, lambda series: series.set("a", 1)),
+        (DistinctSeries, lambda series: series.add("a", "me")),
+        (LatencySeries, lambda series: series.record("a", 0.5)),
+        (TopSeries, lambda series: series.incr("a", "me")),
+    ],
+)
+def test_today_after_a_night_in_which_the_clock_stood_still(
+    url: str, prefix: str, kind: Any, write: Callable[[Any], None]
+) -> None:
+    """It is the server's day, and not that of what the process thinks the time is."""
+    series = kind(url, "hits", prefix=prefix)
+    write(series)
+    series.layout._ahead -= DAY
+    start = series.today("a", noon()).start
+    assert start <= time.time() < start + DAY
 
 
 # Deletes

@@ -165,9 +165,7 @@ class _Seen(Core[T, C]):
         return [_number(next(given)) if group else 0 for group in groups]
 
     def _today(self, key: Id, tz: str | dt.tzinfo) -> Steps[Total]:
-        start, end = yield from self._day(tz)
-        (total,) = yield from self._counts([[key]], start, end)
-        return total
+        return (yield from self._of_today(tz, lambda low, high: self._counts([[key]], low, high)))
 
     def _points(
         self,

@@ -281,9 +281,9 @@ class _Gauged(Core[T, C]):
         return gauges
 
     def _today(self, key: Id, tz: str | dt.tzinfo) -> Steps[Gauge]:
-        start, end = yield from self._day(tz)
-        (gauge,) = yield from self._reads([key], start, end, False)
-        return gauge
+        return (
+            yield from self._of_today(tz, lambda low, high: self._reads([key], low, high, False))
+        )
 
     def _points(
         self,

@@ -210,9 +210,11 @@ class _Recorded(Core[T, C]):
         return [_histogram(made, packed) for packed in found]
 
     def _today(self, key: Id, tz: str | dt.tzinfo) -> Steps[Histogram]:
-        start, end = yield from self._day(tz)
-        (found,) = yield from self._histograms([key], start, end, False)
-        return found
+        return (
+            yield from self._of_today(
+                tz, lambda low, high: self._histograms([key], low, high, False)
+            )
+        )
 
     def _points(
         self,

@@ -111,9 +111,9 @@ class _Counted(Core[T, C]):
         return [_total(made, packed) for packed in found]
 
     def _today(self, key: Id, tz: str | dt.tzinfo) -> Steps[Total]:
-        start, end = yield from self._day(tz)
-        (total,) = yield from self._sums([key], start, end, False)
-        return total
+        return (
+            yield from self._of_today(tz, lambda low, high: self._sums([key], low, high, False))
+        )
 
     def _points(
         self,
