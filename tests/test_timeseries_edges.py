@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from decimal import Decimal, localcontext
 from typing import Any
 from unittest import mock
 
@@ -399,3 +400,32 @@ def test_a_token_that_is_no_text(url: str, prefix: str, day: int) -> None:
     row = {"series": "a", "step": 10, "time": day, "value": 1}
     with pytest.raises(UsageError):
         TimeSeries(url, "hits", prefix=prefix).import_([json.dumps(row)], token="\udc80")
+
+
+# Gauges, durations, patterns
+
+
+def test_a_gauge_is_exact_whatever_precision_decimals_have(url: str, prefix: str, day: int) -> None:
+    """The caller's context rounds what the caller calculates, and nothing that is stored."""
+    prices = GaugeSeries(url, "prices", prefix=prefix, scale=2)
+    prices.set("a", Decimal("1234567.89"), at=day)
+    with localcontext() as context:
+        context.prec = 4
+        assert prices.read("a", day, day + DAY).last == Decimal("1234567.89")
+        rows = list(prices.export())
+        prices.delete("a", day, day + DAY)
+        prices.import_(rows)
+    assert prices.read("a", day, day + DAY).max == Decimal("1234567.89")
+
+
+@pytest.mark.parametrize("text", ["1e99999999", "-1e99999999", "1e-99999999", "NaN", "Infinity"])
+def test_a_gauge_that_is_out_of_all_bounds(url: str, prefix: str, day: int, text: str) -> None:
+    """It is refused at once, and not after a hundred million digits; so is such a sum in a row."""
+    prices = GaugeSeries(url, "prices", prefix=prefix, scale=2)
+    with pytest.raises(UsageError, match="a gauge is an int, or a Decimal"):
+        prices.set("a", Decimal(text))
+    row = {"series": "a", "step": DAY, "time": day, "at": day, "count": 1}
+    with pytest.raises(UsageError, match="no row of such a series"):
+        prices.import_([json.dumps({**row, "last": "1", "min": "1", "max": "1", "sum": text})])
+    prices.set("a", Decimal("0e99999"), at=day)
+    assert prices.read("a", day, day + DAY).last == 0
