@@ -429,3 +429,9 @@ def test_a_gauge_that_is_out_of_all_bounds(url: str, prefix: str, day: int, text
         prices.import_([json.dumps({**row, "last": "1", "min": "1", "max": "1", "sum": text})])
     prices.set("a", Decimal("0e99999"), at=day)
     assert prices.read("a", day, day + DAY).last == 0
+
+
+def test_a_duration_beyond_all_bounds(url: str, prefix: str) -> None:
+    """It is refused as any other that is too long."""
+    with pytest.raises(UsageError, match="from 0 to 19 hours"):
+        LatencySeries(url, "took", prefix=prefix).record("a", 10**400)

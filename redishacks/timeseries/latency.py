@@ -258,7 +258,7 @@ def _draft(item: Item) -> Draft:
 def _bin(took: float | dt.timedelta) -> bytes:
     number = took.total_seconds() if isinstance(took, dt.timedelta) else took
     fits = isinstance(number, int | float) and not isinstance(number, bool)
-    if not fits or not 0 <= number * 1e6 <= _MOST:
+    if not fits or not 0 <= number <= _MOST / 1e6:
         raise UsageError(
             f"a duration is seconds or a timedelta, from 0 to {_MOST // 3_600_000_000} hours, "
             f"not {took!r}"
