@@ -435,3 +435,11 @@ def test_a_duration_beyond_all_bounds(url: str, prefix: str) -> None:
     """It is refused as any other that is too long."""
     with pytest.raises(UsageError, match="from 0 to 19 hours"):
         LatencySeries(url, "took", prefix=prefix).record("a", 10**400)
+
+
+def test_patterns_go_by_characters(url: str, prefix: str) -> None:
+    """As a name has them, not by their bytes."""
+    series = TimeSeries(url, "hits", prefix=prefix)
+    series.incr_many([(key, 1) for key in ("ä1", "ü1", "x1", b"\xff1")])
+    assert sorted(series.keys("[äö]*")) == ["ä1"]
+    assert set(series.keys("?1")) == {"ä1", "ü1", "x1", b"\xff1"}
