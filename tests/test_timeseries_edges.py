@@ -25,7 +25,7 @@ from redishacks.timeseries import (
 )
 from redishacks.timeseries.plan import plan
 from redishacks.timeseries.resolution import DAY, HOUR, MINUTE, ladder
-from tests.timeseries_kit import noon
+from tests.timeseries_kit import clocked, noon
 
 
 @pytest.fixture
@@ -115,6 +115,62 @@ def test_a_hit_that_nobody_can_read_is_refused(url: str, prefix: str) -> None:
     series.add_resolution((HOUR, 30 * DAY))
     with pytest.raises(UsageError, match="older than all that is kept"):
         series.incr("a", at=time.time() - DAY)
+
+
+@pytest.mark.parametrize(
+    ("kind", "write", "read"),
+    [
+        (TimeSeries, lambda it, n, at: it.incr("a", n, at=at), lambda it, *at: it.sum("a", *at)),
+        (
+            GaugeSeries,
+            lambda it, n, at: it.set("a", n, at=at),
+            lambda it, *at: it.read("a", *at).max,
+        ),
+        (
+            DistinctSeries,
+            lambda it, n, at: it.add_many(("a", i, at) for i in range(n)),
+            lambda it, *at: it.count("a", *at),
+        ),
+        (
+            LatencySeries,
+            lambda it, n, at: it.record("a", n, at=at),
+            lambda it, *at: it.histogram("a", *at).bins,
+        ),
+        (
+            TopSeries,
+            lambda it, n, at: it.incr("a", f"m{n}", n, at=at),
+            lambda it, *at: list(it.top("a", *at)),
+        ),
+    ],
+)
+@pytest.mark.parametrize("added", [(MINUTE, DAY), (DAY, 30 * DAY)])
+def test_an_export_is_whole_though_a_resolution_is_new(
+    url: str, prefix: str, kind: Any, write: Any, read: Any, added: Any
+) -> None:
+    """Who reads it in does not know since when the buckets of a resolution are whole."""
+    old = [(10, DAY), (HOUR, 20 * DAY)]
+    if added[0] == DAY and not kind.kind.packed:
+        pytest.skip("hours expire one by one, and a day is not added to them")
+    one = clocked(kind(url, "one", prefix=prefix, resolutions=old))
+    one.clock += 6 * HOUR + 600
+    begins = one.clock - 600
+    write(one, 5, begins - 3 * HOUR)
+    write(one, 9, begins + 30)
+    one.add_resolution(added)
+    write(one, 3, begins + 600)
+    one.clock += 600
+    two = clocked(kind(url, "two", prefix=prefix, resolutions=[*old, added]))
+    two.clock = one.clock
+    two.import_(one.export())
+    for start, end in (
+        (begins, begins + 1200),
+        (begins + 600, begins + 1200),
+        (begins - 4 * HOUR, begins + 620),
+    ):
+        assert read(two, start, end) == read(one, start, end)
+    one.clock = two.clock = one.clock + DAY
+    day = begins - 6 * HOUR, begins + 18 * HOUR
+    assert read(two, *day) == read(one, *day)
 
 
 # Days
