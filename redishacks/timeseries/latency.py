@@ -40,6 +40,7 @@ from redishacks.errors import UsageError
 from redishacks.timeseries import _calendar
 from redishacks.timeseries._colours import AsyncSeries, SyncSeries
 from redishacks.timeseries._core import C, Core, Draft, T
+from redishacks.timeseries._frame import joined
 from redishacks.timeseries._kind import Amounts, Entries
 from redishacks.timeseries._packing import Packed
 from redishacks.timeseries.plan import Plan
@@ -227,13 +228,9 @@ class _Recorded(Core[T, C]):
     ) -> Steps[Series]:
         check_quantile(q)
         made, found = yield from self._framed(key, start, end, step, tz)
-        points = made.fold([[packed] for packed in found], _joined)
+        points = made.fold([[packed] for packed in found], joined)
         marks = (made.start, made.end, made.rung.step, True)
         return made.series([Histogram(_bins(some), *marks).quantile(q) for some in points])
-
-
-def _joined(parts: Sequence[list[Packed]]) -> list[Packed]:
-    return [packed for part in parts for packed in part]
 
 
 def _bins(some: Iterable[Packed]) -> Counter[int]:
