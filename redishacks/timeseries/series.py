@@ -222,8 +222,10 @@ class TimeSeries(_Counted[Transport, Coalescer], SyncSeries):
     ) -> Series:  # fmt: skip
         """Return points that begin at multiples of `step`: seconds, "day", "week" or "month".
 
-        In the time zone `tz` days have 23 and 25 hours where they do. A point without hits is 0;
-        it is None where the buckets have expired, and in the future. One round trip.
+        In the time zone `tz` days have 23 and 25 hours where they do. Seconds that divide a day
+        begin anew at each midnight there, so that the last point of a day may be shorter; others
+        go by UTC. A point without hits is 0; it is None where the buckets have expired, and in the
+        future. One round trip.
         """
         return self._ask(self._points(key, start, end, step, tz))
 
