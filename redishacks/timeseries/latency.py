@@ -53,7 +53,6 @@ Item = tuple[Id, float | dt.timedelta] | tuple[Id, float | dt.timedelta, Instant
 
 #: Each doubling has 2**6 bins; below 2**7 µs each microsecond has its own.
 _BITS = 6
-_EXACT_TO = 2 ** (_BITS + 1)
 #: The longest duration, in µs: 19 hours.
 _MOST = 2**36 - 1
 
