@@ -603,6 +603,17 @@ def test_days_of_a_zone() -> None:
     assert ends - begins == 23 * HOUR
 
 
+def test_steps_of_seconds_in_a_zone() -> None:
+    """They begin anew at midnight, so a day of 25 hours ends with a rest; or they go by UTC."""
+    berlin = _calendar.zone("Europe/Berlin")
+    start = int(dt.datetime(2026, 10, 25, tzinfo=berlin).timestamp())
+    days = _calendar.edges(start, start + 49 * HOUR, DAY, berlin)
+    assert [mark - start for mark in days] == [0, DAY, 25 * HOUR, 49 * HOUR]
+    assert all(
+        mark % (2 * DAY) == 0 for mark in _calendar.edges(start, start + DAY, 2 * DAY, berlin)
+    )
+
+
 @settings(max_examples=200, deadline=None)
 @given(
     st.sampled_from(

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from decimal import Decimal, localcontext
 from typing import Any
 from unittest import mock
 
@@ -24,6 +25,7 @@ from redishacks.timeseries import (
 )
 from redishacks.timeseries.plan import plan
 from redishacks.timeseries.resolution import DAY, HOUR, MINUTE, ladder
+from tests.timeseries_kit import clocked, noon
 
 
 @pytest.fixture
@@ -113,6 +115,86 @@ def test_a_hit_that_nobody_can_read_is_refused(url: str, prefix: str) -> None:
     series.add_resolution((HOUR, 30 * DAY))
     with pytest.raises(UsageError, match="older than all that is kept"):
         series.incr("a", at=time.time() - DAY)
+
+
+@pytest.mark.parametrize(
+    ("kind", "write", "read"),
+    [
+        (TimeSeries, lambda it, n, at: it.incr("a", n, at=at), lambda it, *at: it.sum("a", *at)),
+        (
+            GaugeSeries,
+            lambda it, n, at: it.set("a", n, at=at),
+            lambda it, *at: it.read("a", *at).max,
+        ),
+        (
+            DistinctSeries,
+            lambda it, n, at: it.add_many(("a", i, at) for i in range(n)),
+            lambda it, *at: it.count("a", *at),
+        ),
+        (
+            LatencySeries,
+            lambda it, n, at: it.record("a", n, at=at),
+            lambda it, *at: it.histogram("a", *at).bins,
+        ),
+        (
+            TopSeries,
+            lambda it, n, at: it.incr("a", f"m{n}", n, at=at),
+            lambda it, *at: list(it.top("a", *at)),
+        ),
+    ],
+)
+@pytest.mark.parametrize("added", [(MINUTE, DAY), (DAY, 30 * DAY)])
+def test_an_export_is_whole_though_a_resolution_is_new(
+    url: str, prefix: str, kind: Any, write: Any, read: Any, added: Any
+) -> None:
+    """Who reads it in does not know since when the buckets of a resolution are whole."""
+    old = [(10, DAY), (HOUR, 20 * DAY)]
+    if added[0] == DAY and not kind.kind.packed:
+        pytest.skip("hours expire one by one, and a day is not added to them")
+    one = clocked(kind(url, "one", prefix=prefix, resolutions=old))
+    one.clock += 6 * HOUR + 600
+    begins = one.clock - 600
+    write(one, 5, begins - 3 * HOUR)
+    write(one, 9, begins + 30)
+    one.add_resolution(added)
+    write(one, 3, begins + 600)
+    one.clock += 600
+    two = clocked(kind(url, "two", prefix=prefix, resolutions=[*old, added]))
+    two.clock = one.clock
+    two.import_(one.export())
+    for start, end in (
+        (begins, begins + 1200),
+        (begins + 600, begins + 1200),
+        (begins - 4 * HOUR, begins + 620),
+    ):
+        assert read(two, start, end) == read(one, start, end)
+    one.clock = two.clock = one.clock + DAY
+    day = begins - 6 * HOUR, begins + 18 * HOUR
+    assert read(two, *day) == read(one, *day)
+
+
+# Days
+
+
+@pytest.mark.parametrize(
+    ("kind", "write"),
+    [
+        (TimeSeries, lambda series: series.incr("a")),
+        (GaugeSeries, lambda series: series.set("a", 1)),
+        (DistinctSeries, lambda series: series.add("a", "me")),
+        (LatencySeries, lambda series: series.record("a", 0.5)),
+        (TopSeries, lambda series: series.incr("a", "me")),
+    ],
+)
+def test_today_after_a_night_in_which_the_clock_stood_still(
+    url: str, prefix: str, kind: Any, write: Callable[[Any], None]
+) -> None:
+    """It is the server's day, and not that of what the process thinks the time is."""
+    series = kind(url, "hits", prefix=prefix)
+    write(series)
+    series.layout._ahead -= DAY
+    start = series.today("a", noon()).start
+    assert start <= time.time() < start + DAY
 
 
 # Deletes
@@ -374,3 +456,46 @@ def test_a_token_that_is_no_text(url: str, prefix: str, day: int) -> None:
     row = {"series": "a", "step": 10, "time": day, "value": 1}
     with pytest.raises(UsageError):
         TimeSeries(url, "hits", prefix=prefix).import_([json.dumps(row)], token="\udc80")
+
+
+# Gauges, durations, patterns
+
+
+def test_a_gauge_is_exact_whatever_precision_decimals_have(url: str, prefix: str, day: int) -> None:
+    """The caller's context rounds what the caller calculates, and nothing that is stored."""
+    prices = GaugeSeries(url, "prices", prefix=prefix, scale=2)
+    prices.set("a", Decimal("1234567.89"), at=day)
+    with localcontext() as context:
+        context.prec = 4
+        assert prices.read("a", day, day + DAY).last == Decimal("1234567.89")
+        rows = list(prices.export())
+        prices.delete("a", day, day + DAY)
+        prices.import_(rows)
+    assert prices.read("a", day, day + DAY).max == Decimal("1234567.89")
+
+
+@pytest.mark.parametrize("text", ["1e99999999", "-1e99999999", "1e-99999999", "NaN", "Infinity"])
+def test_a_gauge_that_is_out_of_all_bounds(url: str, prefix: str, day: int, text: str) -> None:
+    """It is refused at once, and not after a hundred million digits; so is such a sum in a row."""
+    prices = GaugeSeries(url, "prices", prefix=prefix, scale=2)
+    with pytest.raises(UsageError, match="a gauge is an int, or a Decimal"):
+        prices.set("a", Decimal(text))
+    row = {"series": "a", "step": DAY, "time": day, "at": day, "count": 1}
+    with pytest.raises(UsageError, match="no row of such a series"):
+        prices.import_([json.dumps({**row, "last": "1", "min": "1", "max": "1", "sum": text})])
+    prices.set("a", Decimal("0e99999"), at=day)
+    assert prices.read("a", day, day + DAY).last == 0
+
+
+def test_a_duration_beyond_all_bounds(url: str, prefix: str) -> None:
+    """It is refused as any other that is too long."""
+    with pytest.raises(UsageError, match="from 0 to 19 hours"):
+        LatencySeries(url, "took", prefix=prefix).record("a", 10**400)
+
+
+def test_patterns_go_by_characters(url: str, prefix: str) -> None:
+    """As a name has them, not by their bytes."""
+    series = TimeSeries(url, "hits", prefix=prefix)
+    series.incr_many([(key, 1) for key in ("ä1", "ü1", "x1", b"\xff1")])
+    assert sorted(series.keys("[äö]*")) == ["ä1"]
+    assert set(series.keys("?1")) == {"ä1", "ü1", "x1", b"\xff1"}

@@ -163,10 +163,15 @@ def _of_a_series(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 _JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON, one object per line.")
-_SINCE = click.option(
-    "--since", type=when.MomentType(), metavar="WHEN", default="24h", show_default=True,
-    help="So long ago, as 90s, 10m, 24h, 7d or 1w, or ISO 8601, as 2026-01-31T12:00.",
-)  # fmt: skip
+
+
+def _since(default: str) -> Callable[..., Any]:
+    return click.option(
+        "--since", type=when.MomentType(), metavar="WHEN", default=default, show_default=True,
+        help="So long ago, as 90s, 10m, 24h, 7d or 1w, or ISO 8601, as 2026-01-31T12:00.",
+    )  # fmt: skip
+
+
 _UNTIL = click.option(
     "--until", type=when.MomentType(), metavar="WHEN", help="The same; by default now."
 )
@@ -188,7 +193,7 @@ def series() -> None:
 @series.command(epilog=EXIT_CODES)
 @_of_a_series
 @click.argument("key")
-@_SINCE
+@_since("24h")
 @_UNTIL
 @_STEP
 @_TZ
@@ -233,7 +238,7 @@ def plot(
 @series.command("sum", epilog=EXIT_CODES)
 @_of_a_series
 @click.argument("keys", metavar="KEY...", nargs=-1, required=True)
-@_SINCE
+@_since("24h")
 @_UNTIL
 @click.option("--today", is_flag=True, help="Since midnight, of --tz.")
 @_TZ
@@ -320,10 +325,7 @@ def list_(of: _Of, match: str | None, as_json: bool) -> None:
     "--every", type=when.DurationType(), metavar="SECONDS", default="2", show_default=True,
     help="How often to look.",
 )  # fmt: skip
-@click.option(
-    "--since", type=when.MomentType(), metavar="WHEN", default="1h", show_default=True,
-    help="So long ago, as 90s, 10m, 24h, 7d or 1w, or ISO 8601, as 2026-01-31T12:00.",
-)  # fmt: skip
+@_since("1h")
 @_STEP
 @_TZ
 def watch(

@@ -65,7 +65,7 @@ class Scan:
     def __init__(self, layout: Layout, match: str | None) -> None:
         self._layout = layout
         pattern = _keys.id_bytes(match or "*", "a pattern").decode()
-        self._match = re.compile(fnmatch.translate(pattern).encode(), re.S)
+        self._match = re.compile(fnmatch.translate(pattern))
         self._nodes: list[bytes] | None = None
         self._cursor = b"0"
         self._seen: set[bytes] = set()
@@ -83,4 +83,8 @@ class Scan:
             self._nodes.pop()
         new = set(found) - self._seen
         self._seen |= new
-        return [_keys.id_shown(name) for name in sorted(new) if self._match.match(name)]
+        return [
+            _keys.id_shown(name)
+            for name in sorted(new)
+            if self._match.match(name.decode(errors="surrogateescape"))
+        ]

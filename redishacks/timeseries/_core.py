@@ -39,6 +39,7 @@ from redishacks.timeseries.resolution import Resolution, Rung, ladder
 
 T = TypeVar("T", bound=Transport | AsyncTransport)
 C = TypeVar("C", bound=Coalescer | AsyncCoalescer)
+R = TypeVar("R")
 
 #: Partitions of a name on a cluster, unless told otherwise.
 _CLUSTER_PARTITIONS = 64
@@ -357,12 +358,22 @@ class Core(ABC, Generic[T, C]):
         made, (found,) = yield from self._buckets([raw], start, end)
         return made._replace(bytes=sum({id(bucket): bucket.size for bucket in found}.values()))
 
-    def _day(self, tz: str | dt.tzinfo) -> Steps[tuple[int, int]]:
-        """Return when today begins and ends in a time zone, by the server's clock."""
+    def _of_today(
+        self, tz: str | dt.tzinfo, read: Callable[[int, int], Steps[list[R]]]
+    ) -> Steps[R]:
+        """Read one series from when today begins in a time zone until it ends.
+
+        The read tells the server's time anew: when it is another day there, it is done again.
+        """
         place = _calendar.zone(tz)
         if not self.layout.rungs:
             yield from self.layout.look()  # and learn the time
-        return _calendar.day(self.layout.now(), place)
+        for _ in range(TRIES):
+            start, end = _calendar.day(self.layout.now(), place)
+            (found,) = yield from read(start, end)
+            if start <= self.layout.now() < end:
+                return found
+        raise self.layout.late()
 
     def _framed(
         self,

@@ -71,6 +71,11 @@ class Frame(NamedTuple):
         )
 
 
+def joined(parts: Sequence[Sequence[T]]) -> list[T]:
+    """Return what the buckets of a point have, one after the other."""
+    return [*itertools.chain.from_iterable(parts)]
+
+
 def frame(
     rungs: Ladder, start: int, end: int | None, step: _calendar.Step, tz: dt.tzinfo, now: int
 ) -> Frame:

@@ -19,7 +19,8 @@ from redishacks import _keys
 from redishacks._command import Steps, ask
 from redishacks._keys import Id
 from redishacks.errors import RedisHacksError, UsageError
-from redishacks.timeseries._contents import contents, packs
+from redishacks.timeseries._contents import Found, contents, packs
+from redishacks.timeseries._kind import Entries
 from redishacks.timeseries.commands import SKEW, Buckets, Folded, Layout
 
 #: How series are written out: JSON, an object per line; or CSV with a line of names.
@@ -41,13 +42,38 @@ def rows_of(layout: Layout, key: Id) -> Steps[list[Row]]:
     return [
         {
             "series": series,
-            "step": one.rung.step,
-            "time": one.begins(place),
+            "step": step,
+            "time": begins,
             **layout.kind.row(member, amounts),
         }
-        for one in found
-        for (place, member), amounts in sorted(one.entries.items())
+        for step, entries in _whole(layout, found).items()
+        for (begins, member), amounts in sorted(entries.items())
     ]
+
+
+def _whole(layout: Layout, found: Iterable[Found]) -> dict[int, Entries]:
+    """Return what buckets hold, by step: by when they begin and by member.
+
+    Those that began before their resolution was added lack hits: they are made of finer ones, for
+    who reads them in need not know since when they are whole.
+    """
+    held: dict[int, Entries] = {rung.step: {} for rung in layout.rungs}
+    for one in found:
+        for (place, member), amounts in one.entries.items():
+            held[one.rung.step][one.begins(place), member] = amounts
+    now, finer = int(layout.now()), None
+    for rung in layout.rungs:
+        if rung.since:
+            some = {at: amounts for at, amounts in held[rung.step].items() if at[0] >= rung.since}
+            if finer is not None:
+                oldest = finer._replace(since=0).horizon(now)
+                for (begins, member), amounts in held[finer.step].items():
+                    if oldest <= begins < rung.since:
+                        at = begins // rung.step * rung.step, member
+                        layout.kind.fold(some, {at: amounts})
+            held[rung.step] = some
+        finer = rung
+    return held
 
 
 def add_all(layout: Layout, lines: Iterable[str], token: str | None) -> Steps[int]:

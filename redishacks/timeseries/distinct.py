@@ -38,7 +38,7 @@ from redishacks.errors import UsageError
 from redishacks.timeseries import _calendar, _sketch
 from redishacks.timeseries._colours import AsyncSeries, SyncSeries
 from redishacks.timeseries._core import TRIES, C, Core, Draft, T, several
-from redishacks.timeseries._frame import frame
+from redishacks.timeseries._frame import frame, joined
 from redishacks.timeseries._kind import Amounts, Entries, Kind, mget
 from redishacks.timeseries._range import range_of
 from redishacks.timeseries.plan import Tile
@@ -165,9 +165,7 @@ class _Seen(Core[T, C]):
         return [_number(next(given)) if group else 0 for group in groups]
 
     def _today(self, key: Id, tz: str | dt.tzinfo) -> Steps[Total]:
-        start, end = yield from self._day(tz)
-        (total,) = yield from self._counts([[key]], start, end)
-        return total
+        return (yield from self._of_today(tz, lambda low, high: self._counts([[key]], low, high)))
 
     def _points(
         self,
@@ -183,7 +181,7 @@ class _Seen(Core[T, C]):
             rungs = yield from self.layout.look()
             now = int(self.layout.now())
             made = frame(rungs, low, high, step, place, now)
-            points = made.fold([[tile] for tile in made.tiles], _joined)
+            points = made.fold([[tile] for tile in made.tiles], joined)
             counts = yield from self._counted([([raw], tiles) for tiles in points], now)
             if counts is not None:
                 return made.series(counts)
@@ -201,10 +199,6 @@ def _number(answers: Sequence[Any]) -> int:
         return answers[0]
     raws = [raw for answer in answers for raw in answer if raw is not None]
     return _sketch.estimate(_sketch.united(map(_sketch.registers, raws))) if raws else 0
-
-
-def _joined(parts: Sequence[list[Tile]]) -> list[Tile]:
-    return [tile for part in parts for tile in part]
 
 
 def _draft(item: Item) -> Draft:

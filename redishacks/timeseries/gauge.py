@@ -26,7 +26,7 @@ import dataclasses
 import datetime as dt
 import struct
 from collections.abc import Iterable, Mapping, Sequence
-from decimal import Decimal
+from decimal import Context, Decimal
 from typing import Any, Literal, NamedTuple
 
 from redishacks import _keys
@@ -53,6 +53,8 @@ _OF = ("last", "min", "max", "mean", "count")
 #: A time that is now, by the server's clock.
 _NOW = -1
 _HALF = 2**32
+#: Values are exact, whatever precision the caller's own decimals have.
+_ALL_DIGITS = Context(prec=40)
 
 
 class Noted(NamedTuple):
@@ -161,30 +163,39 @@ class Gauges(Kind):
     def entry(self, row: Mapping[str, Any]) -> tuple[bytes, Amounts]:
         """Return what a bucket holds."""
         last, least, most = (self.units(Decimal(row[name])) for name in ("last", "min", "max"))
-        total = int(Decimal(row["sum"]).scaleb(self.scale))
+        total = self._scaled(Decimal(row["sum"]))
         when = round(float(row["at"]) * 1e6)
         many = int(str(row["count"]))
-        if not (0 <= when < EXACT and 0 < many < EXACT):
-            raise ValueError("no gauge was set so often, or then")
+        if total is None or not (0 <= when < EXACT and 0 < many < EXACT):
+            raise ValueError("no gauge was set so often, or then, or to that")
         return b"", Noted(last, when, least, most, total, many)
 
     def units(self, value: Any) -> int:
         """Return a value in units of the scale; raises `UsageError`."""
-        finite = isinstance(value, int) or (isinstance(value, Decimal) and value.is_finite())
-        units, over = 0, 1
-        if finite and not isinstance(value, bool):
-            top, bottom = value.as_integer_ratio()
-            units, over = divmod(top * 10**self.scale, bottom)
-        if over or not -EXACT < units < EXACT:
+        units = self._scaled(value)
+        if units is None or not -EXACT < units < EXACT:
             raise UsageError(
                 f"a gauge is an int, or a Decimal of at most {self.scale} places (as `scale` "
                 f"says), below 2^53 in these units; not {value!r}"
             )
         return units
 
+    def _scaled(self, value: Any) -> int | None:
+        """Return a value in units of the scale; None for what is none, or far beyond 64 bits."""
+        if isinstance(value, bool) or not isinstance(value, int | Decimal):
+            return None
+        if isinstance(value, Decimal):
+            # The ratio of others would have as many digits as their exponent says.
+            near = value.is_finite() and (not value or -16 < value.adjusted() < 20)
+            if not near:
+                return None
+        top, bottom = value.as_integer_ratio()
+        units, over = divmod(top * 10**self.scale, bottom)
+        return None if over else units
+
     def value(self, units: int) -> Number:
         """Return a value as people know it."""
-        return Decimal(units).scaleb(-self.scale) if self.scale else units
+        return Decimal(units).scaleb(-self.scale, _ALL_DIGITS) if self.scale else units
 
 
 class Notes(Bitmap):
@@ -248,9 +259,7 @@ class _Gauged(Core[T, C]):
         return Draft(_keys.id_bytes(key, "series"), Noted(units, when, units, units, units, 1), at)
 
     def _mean(self, noted: Noted) -> Number:
-        if scale := self._gauges.scale:
-            return Decimal(noted.total).scaleb(-scale) / noted.many
-        return noted.total / noted.many
+        return self._gauges.value(noted.total) / noted.many
 
     def _of(self, noted: Noted, of: str) -> Number:
         if of == "mean":
@@ -281,9 +290,9 @@ class _Gauged(Core[T, C]):
         return gauges
 
     def _today(self, key: Id, tz: str | dt.tzinfo) -> Steps[Gauge]:
-        start, end = yield from self._day(tz)
-        (gauge,) = yield from self._reads([key], start, end, False)
-        return gauge
+        return (
+            yield from self._of_today(tz, lambda low, high: self._reads([key], low, high, False))
+        )
 
     def _points(
         self,

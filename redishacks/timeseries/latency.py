@@ -40,6 +40,7 @@ from redishacks.errors import UsageError
 from redishacks.timeseries import _calendar
 from redishacks.timeseries._colours import AsyncSeries, SyncSeries
 from redishacks.timeseries._core import C, Core, Draft, T
+from redishacks.timeseries._frame import joined
 from redishacks.timeseries._kind import Amounts, Entries
 from redishacks.timeseries._packing import Packed
 from redishacks.timeseries.plan import Plan
@@ -52,7 +53,6 @@ Item = tuple[Id, float | dt.timedelta] | tuple[Id, float | dt.timedelta, Instant
 
 #: Each doubling has 2**6 bins; below 2**7 µs each microsecond has its own.
 _BITS = 6
-_EXACT_TO = 2 ** (_BITS + 1)
 #: The longest duration, in µs: 19 hours.
 _MOST = 2**36 - 1
 
@@ -210,9 +210,11 @@ class _Recorded(Core[T, C]):
         return [_histogram(made, packed) for packed in found]
 
     def _today(self, key: Id, tz: str | dt.tzinfo) -> Steps[Histogram]:
-        start, end = yield from self._day(tz)
-        (found,) = yield from self._histograms([key], start, end, False)
-        return found
+        return (
+            yield from self._of_today(
+                tz, lambda low, high: self._histograms([key], low, high, False)
+            )
+        )
 
     def _points(
         self,
@@ -225,13 +227,9 @@ class _Recorded(Core[T, C]):
     ) -> Steps[Series]:
         check_quantile(q)
         made, found = yield from self._framed(key, start, end, step, tz)
-        points = made.fold([[packed] for packed in found], _joined)
+        points = made.fold([[packed] for packed in found], joined)
         marks = (made.start, made.end, made.rung.step, True)
         return made.series([Histogram(_bins(some), *marks).quantile(q) for some in points])
-
-
-def _joined(parts: Sequence[list[Packed]]) -> list[Packed]:
-    return [packed for part in parts for packed in part]
 
 
 def _bins(some: Iterable[Packed]) -> Counter[int]:
@@ -256,7 +254,7 @@ def _draft(item: Item) -> Draft:
 def _bin(took: float | dt.timedelta) -> bytes:
     number = took.total_seconds() if isinstance(took, dt.timedelta) else took
     fits = isinstance(number, int | float) and not isinstance(number, bool)
-    if not fits or not 0 <= number * 1e6 <= _MOST:
+    if not fits or not 0 <= number <= _MOST / 1e6:
         raise UsageError(
             f"a duration is seconds or a timedelta, from 0 to {_MOST // 3_600_000_000} hours, "
             f"not {took!r}"

@@ -111,9 +111,9 @@ class _Counted(Core[T, C]):
         return [_total(made, packed) for packed in found]
 
     def _today(self, key: Id, tz: str | dt.tzinfo) -> Steps[Total]:
-        start, end = yield from self._day(tz)
-        (total,) = yield from self._sums([key], start, end, False)
-        return total
+        return (
+            yield from self._of_today(tz, lambda low, high: self._sums([key], low, high, False))
+        )
 
     def _points(
         self,
@@ -222,8 +222,10 @@ class TimeSeries(_Counted[Transport, Coalescer], SyncSeries):
     ) -> Series:  # fmt: skip
         """Return points that begin at multiples of `step`: seconds, "day", "week" or "month".
 
-        In the time zone `tz` days have 23 and 25 hours where they do. A point without hits is 0;
-        it is None where the buckets have expired, and in the future. One round trip.
+        In the time zone `tz` days have 23 and 25 hours where they do. Seconds that divide a day
+        begin anew at each midnight there, so that the last point of a day may be shorter; others
+        go by UTC. A point without hits is 0; it is None where the buckets have expired, and in the
+        future. One round trip.
         """
         return self._ask(self._points(key, start, end, step, tz))
 

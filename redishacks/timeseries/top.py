@@ -222,9 +222,9 @@ class _Ranked(Core[T, C]):
         return tops
 
     def _today(self, key: Id, n: int, tz: str | dt.tzinfo) -> Steps[Top]:
-        start, end = yield from self._day(tz)
-        (top,) = yield from self._tops([key], start, end, n, False)
-        return top
+        return (
+            yield from self._of_today(tz, lambda low, high: self._tops([key], low, high, n, False))
+        )
 
 
 def _draft(item: Item) -> Draft:
