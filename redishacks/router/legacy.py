@@ -325,8 +325,7 @@ def _ring(owners: Mapping[int, str]) -> tuple[list[int], list[str]]:
 def _quarter(weight: int, total: int, nodes: int) -> int:
     """Return a quarter of the points of a node, rounded as C's floats are."""
     share = _single(_single(weight) / _single(total))
-    for_one = _single(_single(share * 160) / 4)
-    return int(_single(_single(for_one * nodes) + 0.0000000001))
+    return int(_single(_single(_single(share * 160) / 4) * nodes))
 
 
 def _single(number: float) -> float:
