@@ -14,10 +14,13 @@
 | `nydus-ketama` | `NydusKetama` | nydus' `ConsistentHashingRouter` |
 | `twemproxy-ketama` | `TwemproxyKetama` | twemproxy, `distribution: ketama` |
 | `twemproxy-modula` | `TwemproxyModula` | twemproxy, `distribution: modula` |
+| `redis-shard` | `RedisShard` | redis-shard |
 
 All are for data that is there already. A node more moves most keys of `crc32` and modula, rings are
 uneven by a tenth, and without `identities` a node that is renamed takes other keys: whoever begins
-anew takes slots. None follows what the originals did while a node was away: nydus and twemproxy
+anew takes slots. nydus and rb hash whole keys: keys that share a `{tag}` are on different nodes, so
+that scripts with several keys are refused; twemproxy keeps them together with `hash_tag="{}"`.
+None follows what the originals did while a node was away: nydus' ring and twemproxy
 (`auto_eject_hosts`) then wrote to the nodes that were left, and such keys lie where they were put.
 """
 
@@ -27,10 +30,10 @@ import reprlib
 import struct
 from binascii import crc_hqx
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from hashlib import md5
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from hashlib import md5, sha1
 from itertools import accumulate
-from typing import Any, Self, TypeVar
+from typing import Any, ClassVar, Literal, Self, TypeVar
 from zlib import crc32
 
 from redishacks.errors import UsageError
@@ -120,15 +123,43 @@ class SignedCrc32(Legacy):
         return self.nodes[((crc32(key) ^ 0x8000_0000) - 0x8000_0000) % len(self.nodes)]
 
 
-class Weighted(Legacy):
-    """Nodes with a text by which the original knew them, and a weight.
+class Identified(Legacy):
+    """Nodes with a text by which the original knew them.
 
-    `identities` and `weights` say them by name; what is left out is the name itself, and 1.
+    `identities` say it by name; of those that are left out it is the name itself.
     """
 
-    _told: tuple[str, ...] = ("nodes", "identities", "weights")
+    _told: tuple[str, ...] = ("nodes", "identities")
     #: The longest text, in bytes.
     _longest = 4096
+
+    def __init__(
+        self, nodes: Iterable[str], *, identities: Mapping[str, str] | None = None
+    ) -> None:
+        super().__init__(nodes)
+        texts = _about(self.nodes, identities, "identities")
+        #: By name the text that the original hashed.
+        self.identities = {name: self._identity(name, texts.get(name, name)) for name in self.nodes}
+        if len(set(self.identities.values())) < len(self.nodes):
+            raise UsageError("two nodes have the same identity: each needs one of its own")
+
+    def describe(self) -> dict[str, Any]:
+        """Return all that decides where keys are, as JSON takes it, the identities included."""
+        return super().describe() | {"identities": dict(self.identities)}
+
+    def _identity(self, name: str, text: object) -> str:
+        if isinstance(text, str) and 0 < _size(text) <= self._longest:
+            return text
+        # The text is not shown: rb's has the password in it.
+        raise UsageError(
+            f"node {name}: its identity is a string of 1 to {self._longest} bytes of UTF-8"
+        )
+
+
+class Weighted(Identified):
+    """Nodes that have weights as well; `weights` say them by name, and of others it is 1."""
+
+    _told = (*Identified._told, "weights")
 
     def __init__(
         self,
@@ -137,12 +168,7 @@ class Weighted(Legacy):
         identities: Mapping[str, str] | None = None,
         weights: Mapping[str, int] | None = None,
     ) -> None:
-        super().__init__(nodes)
-        texts = _about(self.nodes, identities, "identities")
-        #: By name the text that the original hashed.
-        self.identities = {name: self._identity(name, texts.get(name, name)) for name in self.nodes}
-        if len(set(self.identities.values())) < len(self.nodes):
-            raise UsageError("two nodes have the same identity: each needs one of its own")
+        super().__init__(nodes, identities=identities)
         given = _about(self.nodes, weights, "weights")
         #: By name a whole number.
         self.weights = {name: _weight(name, given.get(name, 1)) for name in self.nodes}
@@ -153,16 +179,7 @@ class Weighted(Legacy):
 
     def describe(self) -> dict[str, Any]:
         """Return all that decides where keys are, as JSON takes it, the identities included."""
-        about = {"identities": dict(self.identities), "weights": dict(self.weights)}
-        return super().describe() | about
-
-    def _identity(self, name: str, text: object) -> str:
-        if isinstance(text, str) and 0 < _size(text) <= self._longest:
-            return text
-        # The text is not shown: rb's has the password in it.
-        raise UsageError(
-            f"node {name}: its identity is a string of 1 to {self._longest} bytes of UTF-8"
-        )
+        return super().describe() | {"weights": dict(self.weights)}
 
 
 class RbKetama(Weighted):
@@ -231,14 +248,13 @@ class Twemproxy(Weighted):
         signed_char: bool = True,
     ) -> None:
         super().__init__(nodes, identities=identities, weights=weights)
-        if not isinstance(hash, str) or hash not in HASHES:
-            raise UsageError(f"hash: one of {', '.join(HASHES)}, not {reprlib.repr(hash)}")
         if not isinstance(hash_tag, str) or len(hash_tag) not in (0, 2) or not hash_tag.isascii():
             shown = reprlib.repr(hash_tag)
             raise UsageError(f"hash_tag: two ASCII characters, such as '{{}}', or '', not {shown}")
         if not isinstance(signed_char, bool):
             raise UsageError(f"signed_char: True or False, not {reprlib.repr(signed_char)}")
-        self.hash, self.hash_tag, self.signed_char = hash, hash_tag, signed_char
+        self.hash = _one_of(hash, HASHES, "hash")
+        self.hash_tag, self.signed_char = hash_tag, signed_char
         self._function = HASHES[hash]
         self._tag = [character.encode() for character in hash_tag]
 
@@ -295,6 +311,67 @@ class TwemproxyModula(Twemproxy):
         return self.nodes[bisect_right(self._ends, self._hashed(key) % self._ends[-1])]
 
 
+class RedisShard(Identified):
+    """redis-shard 0.3.7: a ring of 128 points of each node; behind the last comes the last again.
+
+    A node's identity is the `name` of its server. `nodes` are listed as its `servers` were: that
+    decides where points of two nodes fall together. `hash` is its `hash_method`: crc32, md5, sha1.
+
+    `keys` says what the application passed. `text`, in Python 3: a key's tag is all between the
+    last `{` and the last `}` of its first line, empty or not, and letters such as ä were hashed as
+    Latin-1, although Redis got them as UTF-8. `bytes`, in Python 3: there are no tags. `python2`:
+    tags as in text, and bytes are hashed as they are.
+    """
+
+    kind = "redis-shard"
+    _told = (*Identified._told, "hash", "keys")
+    _hashes: ClassVar[Mapping[str, Callable[[bytes], int]]] = {
+        "crc32": crc32,
+        "md5": lambda text: int.from_bytes(md5(text, usedforsecurity=False).digest()),
+        "sha1": lambda text: int.from_bytes(sha1(text, usedforsecurity=False).digest()),
+    }
+
+    def __init__(
+        self,
+        nodes: Iterable[str],
+        *,
+        identities: Mapping[str, str] | None = None,
+        hash: str = "crc32",
+        keys: Literal["text", "bytes", "python2"] = "text",
+    ) -> None:
+        super().__init__(nodes, identities=identities)
+        self.hash = _one_of(hash, self._hashes, "hash")
+        self.keys = _one_of(keys, ("text", "bytes", "python2"), "keys")
+        self._function = self._hashes[hash]
+        owners: dict[int, str] = {}
+        for name, text in self.identities.items():
+            owners |= {self._function(f"{text}:{i}".encode()): name for i in range(128)}
+        self._points, self._owners = _ring(owners)
+        self._owners[-1] = self._owners[-2]
+
+    def node_for(self, key: bytes) -> str:
+        """Return the name of the node that has a key; costs no round trip."""
+        if self.keys != "bytes":
+            line = key.partition(b"\n")[0]
+            end = line.rfind(b"}")
+            start = line.rfind(b"{", 0, max(end, 0))
+            if start >= 0:
+                key = key[start + 1 : end]
+            if self.keys == "text" and not key.isascii():
+                key = _latin_1(key)
+        return self._owners[bisect_right(self._points, self._function(key))]
+
+    def describe(self) -> dict[str, Any]:
+        """Return all that decides where keys are, as JSON takes it."""
+        return super().describe() | {"hash": self.hash, "keys": self.keys}
+
+    def _identity(self, name: str, text: object) -> str:
+        text = super()._identity(name, text)
+        if text.isascii():
+            return text
+        raise UsageError(f"node {name}: its identity is a string in ASCII")
+
+
 #: Every placement here, by kind.
 KINDS: Mapping[str, type[Legacy]] = {
     placement.kind: placement
@@ -305,6 +382,7 @@ KINDS: Mapping[str, type[Legacy]] = {
         NydusKetama,
         TwemproxyKetama,
         TwemproxyModula,
+        RedisShard,
     )
 }
 
@@ -326,6 +404,13 @@ def _quarter(weight: int, total: int, nodes: int) -> int:
     """Return a quarter of the points of a node, rounded as C's floats are."""
     share = _single(_single(weight) / _single(total))
     return int(_single(_single(_single(share * 160) / 4) * nodes))
+
+
+def _latin_1(text: bytes) -> bytes:
+    try:
+        return text.decode().encode("latin-1")
+    except UnicodeError:  # such a key could not be passed
+        return text
 
 
 def _single(number: float) -> float:
@@ -499,6 +584,12 @@ def _about(nodes: Sequence[str], given: Mapping[str, T] | None, what: str) -> Ma
     if others:
         raise UsageError(f"{what}: there is no node {reprlib.repr(others[0])}")
     return given
+
+
+def _one_of(value: object, known: Collection[str], what: str) -> str:
+    if isinstance(value, str) and value in known:
+        return value
+    raise UsageError(f"{what}: one of {', '.join(known)}, not {reprlib.repr(value)}")
 
 
 def _weight(name: str, weight: object) -> int:
