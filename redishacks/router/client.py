@@ -344,5 +344,7 @@ def _read(
         or len({each.protocol for each in settings.values()}) > 1
     ):
         raise UsageError("all nodes must have the same protocol and decode_responses")
+    if placement is not None and weights:
+        raise UsageError("with a placement of your own, that is where weights are given")
     wanted = Wanted(tuple(sorted(settings)), weights, placement)
     return Nodes(settings, wanted, Layout(prefix)), dialects[0]

@@ -13,12 +13,16 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from redishacks.errors import ServerError, TopologyMismatchError
+from redishacks.router.legacy import KINDS
 from redishacks.router.placement import Placement, SlotTable, Weights
 
 #: Nothing moves; what is to move waits; what is to move goes over when it is asked for.
 SETTLED, CLOSING, TRANSIT = "settled", "closing", "transit"
 
-_KINDS: Mapping[str, Callable[[Mapping[str, Any]], Placement]] = {"slots": SlotTable.read}
+_KINDS: Mapping[str, Callable[[Mapping[str, Any]], Placement]] = {
+    "slots": SlotTable.read,
+    **{kind: each.read for kind, each in KINDS.items()},
+}
 
 
 class Stamp(NamedTuple):
