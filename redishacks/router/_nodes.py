@@ -99,7 +99,9 @@ class Known:
         Two round trips and a half for keys that are there, one for those that are not any more.
         """
         layout, version = self._layout, self.version
-        old = _grouped(keys, self.topology.placement)
+        placement = self.topology.placement
+        moving = (key for key in keys if placement.node_for(key) != self.serving.node_for(key))
+        old = _grouped(moving, placement)
         given = yield from _all([layout.give(node, some) for node, some in old.items()])
         gifts = {gift.key: gift for some in given for gift in some or ()}
         new = _grouped(gifts, self.serving)

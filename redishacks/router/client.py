@@ -14,7 +14,7 @@ that is gone takes its keys with it until it is back; who needs failover takes a
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from time import monotonic
 from typing import Any, NamedTuple, TypeVar
@@ -39,13 +39,18 @@ from redishacks._units import Seconds, seconds
 from redishacks.errors import UsageError
 from redishacks.router._core import Core
 from redishacks.router._dialect import Dialect
+from redishacks.router._move import Move, Progress
 from redishacks.router._nodes import Nodes
 from redishacks.router.batch import Batch
 from redishacks.router.commands import Layout
 from redishacks.router.placement import Placement, check_name, check_weights
+from redishacks.router.reshard import Plan, survey
 from redishacks.router.topology import Wanted
 
 T = TypeVar("T")
+
+#: Seconds for a survey of all nodes, and for one exchange of a move.
+_SURVEY, _MOVING = 600.0, 30.0
 
 #: What a node may be given as: a URL, a client of redis-py, or {"url": …, "weight": …}.
 Node = Any
@@ -99,6 +104,33 @@ class _Base:
 
     def _loaded(self) -> None:
         raise NotImplementedError
+
+    def _nodes(self) -> Nodes:
+        nodes = self._core.routes
+        if not isinstance(nodes, Nodes):
+            raise UsageError("a cluster moves its slots by itself")
+        return nodes
+
+    def _mover(
+        self,
+        plan: Plan | None,
+        rate: float | None,
+        drain: Seconds,
+        take_over: bool,
+        on_progress: Callable[[Progress], object] | None,
+    ) -> Steps[Progress]:
+        if rate is not None and not rate > 0:
+            raise UsageError(f"rate is a number of keys per second above 0, not {rate!r}")
+        if plan is not None and plan.refusals:
+            raise UsageError(f"the plan is refused: {plan.refusals[0]}")
+        move = Move(
+            self._nodes(),
+            drain=seconds(drain, "drain"),
+            rate=rate,
+            take_over=take_over,
+            on_progress=on_progress,
+        )
+        return move.run(plan.new, plan.version) if plan is not None else move.run(None)
 
 
 class Router(_Base, CoreCommands):
@@ -177,6 +209,31 @@ class Router(_Base, CoreCommands):
             raise
         self._drive(batch.send(raises=raises), wait)
 
+    def plan(self, nodes: Any) -> Plan:
+        """Return what a change of nodes or weights would move: see `redishacks.router.reshard`.
+
+        `nodes`: weights by name, or names; all were given to this router. Nothing is changed.
+        """
+        return self._drive(survey(self._nodes(), nodes), _SURVEY)
+
+    def reshard(
+        self,
+        plan: Plan | None,
+        *,
+        rate: float | None = None,
+        drain: Seconds = 0.5,
+        take_over: bool = False,
+        on_progress: Callable[[Progress], object] | None = None,
+    ) -> Progress:
+        """Move keys as a plan says, while clients go on; None ends what was begun and stopped.
+
+        `rate` is in keys per second. Connections have `drain` seconds to learn of each step, then
+        they are ended. Raises `UsageError` when somebody else moves keys, and for a plan that is
+        refused or out of date. Whatever stops it, even a kill: begin again, and it goes on.
+        """
+        mover = self._mover(plan, rate, drain, take_over, on_progress)
+        return drive(mover, self._transport, _MOVING)
+
     def close(self) -> None:
         """Close idle connections; the next call opens new ones."""
         self._transport.close()
@@ -250,6 +307,23 @@ class AsyncRouter(_Base, AsyncCoreCommands):  # type: ignore[misc]
             batch.forget()
             raise
         await self._drive(batch.send(raises=raises), wait)
+
+    async def plan(self, nodes: Any) -> Plan:
+        """Return what a change of nodes or weights would move, as `Router.plan`."""
+        return await self._drive(survey(self._nodes(), nodes), _SURVEY)
+
+    async def reshard(
+        self,
+        plan: Plan | None,
+        *,
+        rate: float | None = None,
+        drain: Seconds = 0.5,
+        take_over: bool = False,
+        on_progress: Callable[[Progress], object] | None = None,
+    ) -> Progress:
+        """Move keys as a plan says, while clients go on, as `Router.reshard`."""
+        mover = self._mover(plan, rate, drain, take_over, on_progress)
+        return await drive_async(mover, self._transport, _MOVING)
 
     async def aclose(self) -> None:
         """Close this loop's connections; the next call opens new ones."""

@@ -90,9 +90,9 @@ class Topology(NamedTuple):
             return cls(
                 int(told["version"]),
                 told["addresses"],
-                _placement(told["placement"]),
+                read_placement(told["placement"]),
                 told["state"],
-                _placement(target) if target is not None else None,
+                read_placement(target) if target is not None else None,
             )
         except (ValueError, KeyError, TypeError) as error:
             raise ServerError(
@@ -139,5 +139,6 @@ class Wanted(NamedTuple):
             )
 
 
-def _placement(described: Mapping[str, Any]) -> Placement:
+def read_placement(described: Mapping[str, Any]) -> Placement:
+    """Return the placement that was described."""
     return _KINDS[described["kind"]](described)
