@@ -7,6 +7,7 @@ when a node cannot be reached or the cluster says that it is in trouble.
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -110,6 +111,17 @@ class SlotMap:
 
     def heard(self, address: Address, replies: Sequence[Any]) -> None:
         """Take replies to nothing."""
+
+    def every(self) -> dict[str, Address]:
+        """Return the primaries, by host and port."""
+        return {show(node): node for node in self._primaries}
+
+    def counts(self) -> dict[str, int]:
+        """Return how many slots each has."""
+        return Counter(show(node) for node in self._by_slot if node is not None)
+
+    def kept(self, words: Words) -> None:
+        """Nothing would make a node forget itself."""
 
     def settings(self, address: Address, usual: Settings) -> Settings:
         """Return how to reach a node: as any other one."""

@@ -75,6 +75,15 @@ class Routes(Protocol):
     def nodes(self) -> frozenset[Address]:
         """Return every node that may be asked for something."""
 
+    def every(self) -> dict[str, Address]:
+        """Return the nodes that have keys, by name."""
+
+    def counts(self) -> dict[str, int]:
+        """Return how many slots each has; nothing when it is not slots that decide."""
+
+    def kept(self, words: Words) -> Command[Any] | None:
+        """Return what must be said instead of something that would make a node forget itself."""
+
     def settings(self, address: Address, usual: Settings) -> Settings:
         """Return how to reach a node."""
 

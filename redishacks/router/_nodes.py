@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import random
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -22,6 +23,7 @@ from redishacks.errors import (
     ServerError,
     TopologyMismatchError,
     UnavailableError,
+    UsageError,
 )
 from redishacks.router.commands import Layout, Stored
 from redishacks.router.placement import Placement, SlotTable
@@ -193,6 +195,24 @@ class Nodes:
     def settings(self, address: Address, usual: Settings) -> Settings:
         """Return how to reach a node."""
         return self._settings[address]
+
+    def every(self) -> dict[str, Address]:
+        """Return the nodes that have keys, by name."""
+        assert self.view is not None
+        return {name: address(name) for name in self.view.topology.nodes}
+
+    def counts(self) -> dict[str, int]:
+        """Return how many slots each has; nothing when it is not slots that decide."""
+        assert self.view is not None
+        serving = self.view.serving
+        return dict(Counter(serving.by_slot)) if isinstance(serving, SlotTable) else {}
+
+    def kept(self, words: Words) -> Command[Any] | None:
+        """Return what is said instead of FLUSHDB: the stamp stays. Raises for FLUSHALL."""
+        name = words[0].upper()
+        if name in (b"FLUSHALL", "FLUSHALL"):
+            raise UsageError("FLUSHALL would drop what the nodes know of the router: use FLUSHDB")
+        return self.layout.flush() if name in (b"FLUSHDB", "FLUSHDB") else None
 
     def where(self, keys: Sequence[bytes]) -> str:
         """Name the node for these keys; empty when it could be any."""

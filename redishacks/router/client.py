@@ -41,8 +41,10 @@ from redishacks.router._core import Core
 from redishacks.router._dialect import Dialect
 from redishacks.router._move import Move, Progress
 from redishacks.router._nodes import Nodes
+from redishacks.router.balance import Balance, measure
 from redishacks.router.batch import Batch
 from redishacks.router.commands import Layout
+from redishacks.router.fanout import AsyncFanout, Fanout
 from redishacks.router.placement import Placement, check_name, check_weights
 from redishacks.router.reshard import Plan, survey
 from redishacks.router.topology import Wanted
@@ -209,6 +211,17 @@ class Router(_Base, CoreCommands):
             raise
         self._drive(batch.send(raises=raises), wait)
 
+    def fanout(self, nodes: Sequence[str] | None = None, *, destroy: bool = False) -> Fanout:
+        """Return redis-py's commands for each of several nodes: see `redishacks.router.fanout`.
+
+        By default for all; `destroy` lets FLUSHDB and the like through.
+        """
+        return Fanout(self._core, self._transport, nodes, destroy=destroy, deadline=self._deadline)
+
+    def balance(self) -> Balance:
+        """Return how evenly keys, memory and work are spread: see `redishacks.router.balance`."""
+        return self._drive(measure(self._core), self._deadline)
+
     def plan(self, nodes: Any) -> Plan:
         """Return what a change of nodes or weights would move: see `redishacks.router.reshard`.
 
@@ -307,6 +320,19 @@ class AsyncRouter(_Base, AsyncCoreCommands):  # type: ignore[misc]
             batch.forget()
             raise
         await self._drive(batch.send(raises=raises), wait)
+
+    def fanout(self, nodes: Sequence[str] | None = None, *, destroy: bool = False) -> AsyncFanout:
+        """Return redis-py's commands for each of several nodes: see `redishacks.router.fanout`.
+
+        By default for all; `destroy` lets FLUSHDB and the like through.
+        """
+        return AsyncFanout(
+            self._core, self._transport, nodes, destroy=destroy, deadline=self._deadline
+        )
+
+    async def balance(self) -> Balance:
+        """Return how evenly keys, memory and work are spread: see `redishacks.router.balance`."""
+        return await self._drive(measure(self._core), self._deadline)
 
     async def plan(self, nodes: Any) -> Plan:
         """Return what a change of nodes or weights would move, as `Router.plan`."""

@@ -93,6 +93,10 @@ class Layout:
         keys = self._node, self._mover
         return _whole(Command(args, keys, _stored, script("router_stamp"), True, node=address))
 
+    def flush(self) -> Command[Any]:
+        """Drop all keys of a node but those by which it knows what it is."""
+        return _whole(Command((), (self._node, self._mover), script=script("router_flush")))
+
     # Moving
 
     def claim(
