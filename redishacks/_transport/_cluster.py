@@ -35,6 +35,8 @@ class SlotMap:
     version = 0
     #: Channels of SPUBLISH do as well.
     shards = True
+    #: A node that does not answer is replaced by the cluster.
+    troubled = False
     #: Its nodes take several keys of one slot only.
     by_slot = None
     #: What keys that move need is for the nodes to say.
@@ -97,6 +99,15 @@ class SlotMap:
             if outcome.error is None:
                 self.load(outcome.value, address)
                 return
+
+    def failed(self, node: Address, *, silent: bool) -> None:
+        """A cluster makes another node primary."""
+
+    def fine(self, node: Address) -> None:
+        """Nothing was noted."""
+
+    def broken(self, node: Address) -> None:
+        """Every node is asked."""
 
     def moving(self, keys: Sequence[bytes]) -> None:
         """Nothing is to be done before a command."""

@@ -93,6 +93,19 @@ class Routes(Protocol):
     def redirected(self, code: str, rest: str, asked: Address) -> Address | None:
         """Take a node's word for another one; None when nodes should not say so."""
 
+    @property
+    def troubled(self) -> bool:
+        """Whether any node did not answer lately."""
+
+    def failed(self, node: Address, *, silent: bool) -> None:
+        """Take note that a node cannot be reached, or was `silent` for longer than it may."""
+
+    def fine(self, node: Address) -> None:
+        """Take note that a node has answered."""
+
+    def broken(self, node: Address) -> str | None:
+        """Return why a node is not asked for now; None for one that is, also to try it again."""
+
     def told(self, view: View) -> Sequence[Words]:
         """Return what a connection is told when a view is gone by on it, and every now and then."""
 

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 from hiredis import ReplyError
 
+from redishacks._clock import clock
 from redishacks._command import Command, Steps, ask, ask_all
 from redishacks._slots import key_slot
 from redishacks._transport import PULL, WAIT, Address, Refused, Settings, View, Words
@@ -36,6 +37,10 @@ T = TypeVar("T")
 _FENCED, _OPEN = -2, -3
 #: Seconds between two readings of the topology, however many threads find it out of date.
 _PATIENCE = 0.1
+#: A node that was silent so often in a row is not asked for the first of these seconds, doubled
+#: with each failure up to the second; nor is one that cannot be reached.
+_SILENCES = 3
+_PAUSES = 0.25, 4.0
 
 
 def address(name: str) -> Address:
@@ -170,6 +175,9 @@ class Nodes:
             for kind in (_FENCED, _OPEN)
         }  # fmt: skip
         self._read_at = float("-inf")
+        #: Nodes that do not answer: how often in a row, until when they are not asked, and for how
+        #: long after the next failure.
+        self._trouble: dict[str, tuple[int, float, float]] = {}
         #: Who said that there is something newer.
         self._hint: str | None = None
         self._why = "no node was asked yet"
@@ -221,6 +229,37 @@ class Nodes:
 
     def redirected(self, code: str, rest: str, asked: Address) -> None:
         """Nodes of a router do not redirect."""
+
+    @property
+    def troubled(self) -> bool:
+        """Whether any node did not answer lately."""
+        return bool(self._trouble)
+
+    def failed(self, node: Address, *, silent: bool) -> None:
+        """Take note that a node cannot be reached, or was `silent` for longer than it may."""
+        count, _, pause = self._trouble.get(node[0], (0, 0.0, _PAUSES[0]))
+        count += 1
+        if silent and count < _SILENCES:
+            self._trouble[node[0]] = count, 0.0, pause
+        else:
+            self._trouble[node[0]] = count, clock() + pause, min(2 * pause, _PAUSES[1])
+
+    def fine(self, node: Address) -> None:
+        """Take note that a node has answered."""
+        self._trouble.pop(node[0], None)
+
+    def broken(self, node: Address) -> str | None:
+        """Return why a node is not asked for now; None for one that is, also to try it again."""
+        found = self._trouble.get(node[0])
+        if found is None or (found[0] < _SILENCES and not found[1]):
+            return None
+        count, until, pause = found
+        now = clock()
+        if now < until:
+            return "it did not answer a moment ago, and is not asked until it is tried again"
+        # This call tries it; others go on without it meanwhile.
+        self._trouble[node[0]] = count, now + pause, pause
+        return None
 
     def told(self, view: View) -> Sequence[Words]:
         """Return what a connection is told: the version, as its name. And what it is asked."""
