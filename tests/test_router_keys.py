@@ -116,10 +116,7 @@ SORT_RO @l BY x GET y
 GEORADIUS @k 1 2 3 km
 GEORADIUS @k 13.361389 38.115556 3 km WITHDIST COUNT 3 ASC STORE @to
 GEORADIUS @k 1 2 3 km STOREDIST @to WITHDIST
-GEORADIUS @k 1 2 3 km STORE a STORE @b
-GEORADIUS @k 1 2 3 km STORE a STOREDIST @b
 GEORADIUS @k 1 2 3 km STORE @STOREDIST
-GEORADIUS @k 1 2 3 km STORE @STOREDIST ASC
 GEORADIUS @k 1 2 3 km STORE @store
 GEORADIUSBYMEMBER @k m 3 km STORE @to
 GEORADIUSBYMEMBER @k STORE 3 km
@@ -159,6 +156,23 @@ SELECT 1
 MULTI
 HELLO 3
 SWAPDB 0 1
+"""
+
+#: Of which servers say different things: Redis 7.0 names a key that it does not write to.
+DOUBTFUL_CALLS = """
+GEORADIUS k 1 2 3 km STORE a STORE b
+GEORADIUS k 1 2 3 km STORE a STOREDIST b
+GEORADIUS k 1 2 3 km STOREDIST a STORE b
+GEORADIUSBYMEMBER k m 3 km STORE a store b
+GEORADIUS k 1 2 3 km STORE STOREDIST ASC
+MIGRATE h 6379 "" 0 1000 AUTH KEYS KEYS a
+MIGRATE h 6379 "" 0 1000 AUTH2 KEYS KEYS KEYS a
+MIGRATE h 6379 "" 0 1000 KEYS
+SORT l STORE
+XREADGROUP COUNT 1 GROUP g STREAMS STREAMS k >
+ZDIFF 1.5 a
+ZUNION 1x a
+EVAL return 4294967297 a
 """
 
 #: Calls that are wrong: the server finds no keys either, or does not know them.
@@ -222,9 +236,14 @@ class Told:
         return replies
 
     def theirs(self, reply: Any) -> Any:
-        """Say what a reply means; Redis 6.2 has one error for no keys, and for wrong ones."""
+        """Say what a reply means; Redis 6.2 has one error for no keys, and for wrong ones.
+
+        Redis 7.0 says nothing of calls of one word: None.
+        """
         if not isinstance(reply, Exception):
             return sorted(reply)
+        if "command|getkeys" in str(reply):
+            return None
         if NO_KEYS in str(reply) or (self.legacy and NONE_FOUND in str(reply)):
             return []
         return WRONG
@@ -250,7 +269,8 @@ class Told:
         for words, reply in zip(calls, self.ask(calls), strict=True):
             used = specs or self.specs
             found, told = self.ours(used, words, reply)
-            assert found == self.theirs(reply), words
+            theirs = self.theirs(reply)
+            assert found == theirs or (theirs is None and len(words) == 1), words
             if told and found != WRONG:
                 asked += 1
                 again = used.keys(words)
@@ -320,13 +340,18 @@ def test_calls_by_hand(told: Told) -> None:
         assert keys == marked(line), line
 
 
+def test_doubtful_calls_by_hand(told: Told) -> None:
+    """Where a reader cannot be sure, keys are those that this very server says."""
+    told.compare([call(line) for line in DOUBTFUL_CALLS.strip().splitlines()])
+
+
 def test_wrong_calls_by_hand(told: Told) -> None:
     """What the server refuses is refused; Redis 6.2 cannot tell some of it from having no keys."""
     for line in WRONG_CALLS.strip().splitlines():
         words = call(line)
         [reply] = told.ask([words])
         found, _ = told.ours(told.specs, words, reply)
-        assert found == told.theirs(reply), line
+        assert found == told.theirs(reply) or len(words) == 1, line
         if not told.legacy:
             assert found == WRONG, line
 
@@ -371,16 +396,16 @@ def test_every_command(told: Told) -> None:
     chance = random.Random(6)
     calls: list[Words] = []
     has_keys: list[bool] = []
+    channels = 0
     for name, entry in told.entries():
         if any(b"not_key" in fields(spec)[b"flags"] for specs in entry[8:9] for spec in specs):
-            continue  # COMMAND GETKEYS denies channels: they have a test of their own
+            channels += 1  # COMMAND GETKEYS denies them: they have a test of their own
+            continue
         made = list(made_calls(name, entry, chance))
         calls += made
         has_keys += [bool(entry[3]) or b"movablekeys" in entry[2]] * len(made)
     assert len(calls) > 3000
-    assert len({words[0].lower() for words in calls}) == len({n[0] for n, _ in told.entries()}) - (
-        0 if told.legacy else 4
-    )
+    assert len({words[0].lower() for words in calls}) == len(told.reply) - channels
     asked = told.compare(calls, KeySpecs(told.reply))
     assert asked < sum(has_keys) * (0.4 if told.legacy else 0.1), "the specifications suffice"
 
@@ -483,10 +508,10 @@ def test_calls_of_all_sorts(told: Told, name: str) -> None:
     if not told.knows(name.encode()):
         pytest.skip("the server has no such command")
 
-    @settings(max_examples=60, deadline=None)
-    @given(st.lists(KINDS[name], min_size=1, max_size=20))
+    @settings(max_examples=40, deadline=None)
+    @given(st.lists(KINDS[name], min_size=1, max_size=30))
     def check(calls: list[Words]) -> None:
-        told.compare(calls)
+        told.compare(calls, KeySpecs(told.reply))
 
     check()
 
@@ -510,10 +535,16 @@ def similar_calls(name: str, chance: random.Random, many: int) -> list[Words]:
         "GEORADIUS": [b"k:1", b"1", b"2", b"3", b"km"], "EVAL": [b"return 1"],
         "GEORADIUSBYMEMBER": [b"k:1", b"m:1", b"3", b"km"], "EVALSHA": [b"e" * 40],
     }  # fmt: skip
+    counts = [b"1", b"2", b"2", b"3", b"02", b"2x", b"2:x", b"9", b"30", b"0", b"-1", b"4294967298"]
+    options: dict[str, Words] = {
+        "MIGRATE": [b"KEYS", b"COPY"], "SORT": [b"STORE", b"GET"], "GEORADIUS": [b"STORE"],
+        "GEORADIUSBYMEMBER": [b"STOREDIST"], "XREAD": [b"COUNT"],
+        "XREADGROUP": [b"COUNT"], "MEMORY": [], "STRALGO": [b"KEYS"],
+    }  # fmt: skip
     found = []
     for number in range(many):
         if number % 250 == 0:
-            few = chance.sample(opaque, 5) + chance.sample(others, 3)
+            few = chance.sample(opaque, 5) + chance.sample(others, 3) + options.get(name, [])
         length = chance.randint(1, 5)
         again = chance.random() < 0.2
         rest = chance.choices(few, k=length) if again else chance.sample(few, length)
@@ -521,7 +552,11 @@ def similar_calls(name: str, chance: random.Random, many: int) -> list[Words]:
         if head and chance.random() < 0.2:  # the unit is no place for an option
             at = chance.randrange(len(head))
             head[at] = head[at] if head[at] == b"km" else chance.choice(few)
-        found.append([name.encode(), *head, *rest])
+        words = [name.encode(), *head, *rest]
+        if name not in options and chance.random() < 0.7:  # most of those have a count
+            at = 2 if name.startswith(("EVAL", "FCALL", "B")) or name.endswith("STORE") else 1
+            words[at : at + 1] = [chance.choice(counts)]
+        found.append(words)
     return found
 
 
@@ -546,7 +581,7 @@ def test_what_was_learned_stays_true(told: Told, seed: int) -> None:
         calls = [words for words in calls if len(words) >= least[name]]
         many += len(calls)
         asked += told.compare(calls, specs)
-    assert asked < many * 0.6, "most calls are of a shape that was seen"
+    assert asked < many * 0.7, "most calls are of a shape that was seen"
 
 
 def test_learning(old: Told) -> None:
@@ -566,6 +601,15 @@ def test_learning(old: Told) -> None:
         [b"EVAL", b"return 1", b"1", b"user:1", b"2026-11-22T01:02", b""],
     ):
         assert specs.keys(other) is None, other
+
+
+def test_a_key_in_every_call_is_no_option(new: Told) -> None:
+    """Where a word is always a key, another key is no new shape, be it a plain word or a number."""
+    specs = KeySpecs(new.reply)
+    assert specs.learn([b"SORT", b"mylist", b"STORE", b"to:1"], [b"mylist", b"to:1"])
+    for key in (b"hislist", b"STORE", b"7", b"nul\0"):
+        assert specs.keys([b"SORT", key, b"STORE", b"to:2"]) == [key, b"to:2"]
+    assert specs.keys([b"SORT", b"mylist", b"mylist", b"to:1"]) is None
 
 
 def test_learning_that_there_are_none(old: Told) -> None:
@@ -709,6 +753,7 @@ def spec(begin: Any, find: Any, *flags: str) -> dict[bytes, Any]:
 
 
 RANGE = (b"range", {b"lastkey": -1, b"keystep": 1, b"limit": 0})
+ONE = (b"range", {b"lastkey": 0, b"keystep": 1, b"limit": 0})
 FIRST = (b"index", {b"index": 1})
 
 
@@ -728,6 +773,7 @@ def test_a_module_that_finds_its_keys_itself() -> None:
         assert specs.keys([name, b"x:1", b"y:1"]) is None
     assert specs.keys([b"a.d", b"x", b"y"]) == [b"x", b"y"]
     assert specs.keys([b"a.d"]) == []
+    assert KeySpecs([entry("a.f", -1, ["module", "movablekeys"])]).keys([b"a.f"]) == []
 
 
 def test_specifications_of_a_later_server() -> None:
@@ -739,11 +785,18 @@ def test_specifications_of_a_later_server() -> None:
             entry("two", -2, [], spec(FIRST, (b"magic", {}))),
             entry("three", -2, [], spec(FIRST, RANGE, "incomplete")),
             entry("four", -2, [], spec(keyword, RANGE)),
-            entry("get", 2, [], spec(FIRST, (b"range", RANGE[1] | {b"lastkey": 0}), "incomplete")),
+            entry("five", -2, [], spec(FIRST, ONE), spec((b"unknown", {}), (b"unknown", {}))),
+            entry("get", 2, [], spec(FIRST, ONE, "incomplete")),
         ]
     )
     for name in (b"one", b"two", b"three", b"get"):
         assert specs.keys([name, b"a"]) is None
+        assert specs.learn([name, b"a"], [b"a"]) == [b"a"]
+        assert specs.keys([name, b"a"]) == [b"a"]
+    assert specs.learn([b"five", b"a:1", b"b:1"], [b"b:1"]) == [b"b:1"]
+    assert specs.keys([b"five", b"a:2", b"b:2"]) is None, "without what is always a key"
+    assert specs.learn([b"five", b"a:1", b"b:1"], [b"a:1"]) == [b"a:1"]
+    assert specs.keys([b"five", b"a:2", b"b:2"]) == [b"a:2"]
     assert specs.keys([b"four", b"keys", b"KEYS", b"a"]) == [b"a"]
     assert specs.keys([b"four", b"keys", b"a", b"b"]) == [b"a", b"b"]
     with pytest.raises(UsageError, match="FOUR: the server finds no keys"):
