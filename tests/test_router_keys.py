@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import shlex
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -595,6 +596,8 @@ def test_learning(old: Told) -> None:
     assert specs.keys(same) == [b"{user}:2"]
     for other in (
         [b"EVAL", b"return 1", b"2", b"user:1", b"2026-11-22T01:02", b"1700000000"],
+        [b"EVAL", b"return 1", b"01", b"user:1", b"2026-11-22T01:02", b"1700000000"],
+        [b"EVAL", b"return 1", b"4294967297", b"user:1", b"2026-11-22T01:02", b"1700000000"],
         [b"EVALSHA", b"return 1", b"1", b"user:1", b"2026-11-22T01:02", b"1700000000"],
         [b"EVAL", b"return 1", b"1", b"user:1", b"2026-11-22T01:02"],
         [b"EVAL", b"return 1", b"1", b"user:1", b"2026-11-22T01:02", b"STORE"],
@@ -686,18 +689,32 @@ def test_large_calls_are_not_kept(told: Told) -> None:
     assert specs.keys(words) == [b"list:1"], "what cannot be an option is not kept at all"
 
 
+class Handing(dict[Any, Any]):
+    """A dict that lets other threads run before it says what it took out."""
+
+    def pop(self, *args: Any) -> Any:
+        """Take a value out."""
+        value = super().pop(*args)
+        time.sleep(0)
+        return value
+
+
 def test_threads_share_it(told: Told) -> None:
-    """Threads that learn and ask at the same time get the right keys."""
+    """Threads that learn and ask at the same time get the right keys; no more shapes are kept."""
     specs = KeySpecs(told.reply, most_learned=5)
+    specs._learned = Handing()
     wrong: list[Any] = []
+
+    def sort(length: int, list_: bytes) -> Words:
+        return [b"SORT", list_, *[b"ASC"] * length, b"STORE", b"to:1"]
 
     def work(seed: int) -> None:
         chance = random.Random(seed)
         try:
-            for _ in range(2000):
-                words = [b"SORT", b"l:%d" % seed, *[b"ASC"] * chance.randint(0, 9), b"STORE", b"t:"]
-                keys = specs.keys(words) or specs.learn(words, [words[1], b"t:"])
-                if keys != [words[1], b"t:"]:
+            for _ in range(800):
+                words = sort(chance.randint(0, 6), b"list:%d" % seed)
+                keys = specs.keys(words) or specs.learn(words, [words[1], b"to:1"])
+                if keys != [words[1], b"to:1"]:
                     wrong.append(words)
         except Exception as error:
             wrong.append(error)
@@ -708,6 +725,7 @@ def test_threads_share_it(told: Told) -> None:
     for thread in threads:
         thread.join()
     assert wrong == []
+    assert len([length for length in range(7) if specs.keys(sort(length, b"list:1"))]) == 5
 
 
 # Channels, modules, and what is no reply of COMMAND
@@ -754,6 +772,7 @@ def spec(begin: Any, find: Any, *flags: str) -> dict[bytes, Any]:
 
 RANGE = (b"range", {b"lastkey": -1, b"keystep": 1, b"limit": 0})
 ONE = (b"range", {b"lastkey": 0, b"keystep": 1, b"limit": 0})
+COUNTED = (b"keynum", {b"keynumidx": 0, b"firstkey": 1, b"keystep": 1})
 FIRST = (b"index", {b"index": 1})
 
 
@@ -773,6 +792,7 @@ def test_a_module_that_finds_its_keys_itself() -> None:
         assert specs.keys([name, b"x:1", b"y:1"]) is None
     assert specs.keys([b"a.d", b"x", b"y"]) == [b"x", b"y"]
     assert specs.keys([b"a.d"]) == []
+    assert KeySpecs([[b"a.g", -1, [], 1, 1, 1, []]]).keys([b"a.g"]) == []
     assert KeySpecs([entry("a.f", -1, ["module", "movablekeys"])]).keys([b"a.f"]) == []
 
 
@@ -786,6 +806,7 @@ def test_specifications_of_a_later_server() -> None:
             entry("three", -2, [], spec(FIRST, RANGE, "incomplete")),
             entry("four", -2, [], spec(keyword, RANGE)),
             entry("five", -2, [], spec(FIRST, ONE), spec((b"unknown", {}), (b"unknown", {}))),
+            entry("six", -1, [], spec((b"index", {b"index": 3}), COUNTED)),
             entry("get", 2, [], spec(FIRST, ONE, "incomplete")),
         ]
     )
@@ -801,6 +822,9 @@ def test_specifications_of_a_later_server() -> None:
     assert specs.keys([b"four", b"keys", b"a", b"b"]) == [b"a", b"b"]
     with pytest.raises(UsageError, match="FOUR: the server finds no keys"):
         specs.keys([b"four", b"a", b"KEYS"])
+    assert specs.keys([b"six", b"a", b"b", b"1", b"c"]) == [b"c"]
+    with pytest.raises(UsageError, match="SIX: the server finds no keys"):
+        specs.keys([b"six", b"a"])
 
 
 @pytest.mark.parametrize(
