@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import redis
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from redishacks._command import Command
@@ -474,6 +474,13 @@ sort_options = st.lists(
     ),
     max_size=4,
 ).map(lambda options: [word for option in options for word in option])
+geo_options = st.lists(
+    st.one_of(
+        st.tuples(st.sampled_from([b"STORE", b"storedist"]), odd_words),
+        st.tuples(st.sampled_from([b"ASC", b"WITHDIST"])),
+    ),
+    max_size=3,
+).map(lambda options: [word for option in options for word in option])
 migrate_options = st.lists(
     st.one_of(
         st.tuples(st.sampled_from([b"COPY", b"replace"])),
@@ -495,7 +502,7 @@ KINDS = {
     "XREADGROUP": listed(b"XREADGROUP", b"GROUP", one, one, some, b"streams", some),
     "SORT": listed(b"SORT", one, sort_options),
     "SORT_RO": listed(b"sort_ro", one, sort_options),
-    "GEORADIUSBYMEMBER": listed(b"GEORADIUSBYMEMBER", one, one, one, st.just([b"km"]), some),
+    "GEORADIUSBYMEMBER": listed(b"GEORADIUSBYMEMBER", one, one, one, b"km", geo_options),
     "MIGRATE": listed(b"MIGRATE", b"host", b"1", one, b"0", b"9", migrate_options, maybe_keys),
     "BITOP": listed(b"BITOP", some),
     "MEMORY": listed(b"MEMORY", st.sampled_from([[b"USAGE"], [b"usage"], [b"nosuch"]]), some),
@@ -509,7 +516,7 @@ def test_calls_of_all_sorts(told: Told, name: str) -> None:
     if not told.knows(name.encode()):
         pytest.skip("the server has no such command")
 
-    @settings(max_examples=40, deadline=None)
+    @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
     @given(st.lists(KINDS[name], min_size=1, max_size=30))
     def check(calls: list[Words]) -> None:
         told.compare(calls, KeySpecs(told.reply))
