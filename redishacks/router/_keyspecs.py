@@ -126,6 +126,13 @@ class KeySpecs:
             raise _no_keys(rule)
         return [words[at] for at in found]
 
+    def bounds(self, name: bytes) -> tuple[int, int] | None:
+        """Return how many words a command has whose one key is word 1, at least and at most.
+
+        None for all others, and for a name that is written in both cases.
+        """
+        return self._one.get(name)
+
     def learn(self, words: Sequence[bytes], reply: Sequence[bytes] | Exception) -> list[bytes]:
         """Take what the server replied to `COMMAND GETKEYS` of these words; return the keys.
 
