@@ -243,6 +243,8 @@ class Nodes:
             self._trouble[node[0]] = count, 0.0, pause
         else:
             self._trouble[node[0]] = count, clock() + pause, min(2 * pause, _PAUSES[1])
+            # It may have been ejected: the others know.
+            self.stale = True
 
     def fine(self, node: Address) -> None:
         """Take note that a node has answered."""
@@ -311,6 +313,11 @@ class Nodes:
             newest = yield from self._mend(found, newest, missing)
         if newest is None:
             return
+        if self.view is None and 2 * len(found) < len(names):
+            raise UnavailableError(
+                f"{len(names) - len(found)} of {len(names)} nodes cannot be reached: those that "
+                f"are left might have been ejected. {self._why}"
+            )
         self.wanted.check(newest)
         if self.view is None or newest.version >= self.view.version:
             self.view = Known(newest, self.layout)

@@ -247,6 +247,15 @@ class Router(_Base, CoreCommands):
         mover = self._mover(plan, rate, drain, take_over, on_progress)
         return drive(mover, self._transport, _MOVING)
 
+    def eject(self, name: str, *, take_over: bool = False) -> None:
+        """Take a node that is gone out for all clients: the others serve its slots, empty.
+
+        It comes back like a new one: after FLUSHDB there, by `plan` and `reshard`. A client that
+        reaches it, and none of the others, goes on with it until it reaches one of them.
+        """
+        move = Move(self._nodes(), take_over=take_over)
+        drive(move.eject(name), self._transport, _MOVING)
+
     def close(self) -> None:
         """Close idle connections; the next call opens new ones."""
         self._transport.close()
@@ -350,6 +359,15 @@ class AsyncRouter(_Base, AsyncCoreCommands):  # type: ignore[misc]
         """Move keys as a plan says, while clients go on, as `Router.reshard`."""
         mover = self._mover(plan, rate, drain, take_over, on_progress)
         return await drive_async(mover, self._transport, _MOVING)
+
+    async def eject(self, name: str, *, take_over: bool = False) -> None:
+        """Take a node that is gone out for all clients: the others serve its slots, empty.
+
+        It comes back like a new one: after FLUSHDB there, by `plan` and `reshard`. A client that
+        reaches it, and none of the others, goes on with it until it reaches one of them.
+        """
+        move = Move(self._nodes(), take_over=take_over)
+        await drive_async(move.eject(name), self._transport, _MOVING)
 
     async def aclose(self) -> None:
         """Close this loop's connections; the next call opens new ones."""
