@@ -6,7 +6,7 @@ long by a table that is out of date.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from redishacks._command import Command, Steps, ask_all
@@ -51,7 +51,7 @@ class Wait:
 
 
 def pinned(words: tuple[bytes, ...], keys: Sequence[bytes]) -> Steps[tuple[bytes, ...]]:
-    """Return a call that means the same a second later: for `$`, the id that is the last one now."""
+    """Return a call that means the same a second later: for `$` the id that is the last now."""
     if words[0].upper() != b"XREAD" or b"$" not in words[-len(keys) :]:
         return words
     ids = list(words[-len(keys) :])
@@ -63,11 +63,8 @@ def pinned(words: tuple[bytes, ...], keys: Sequence[bytes]) -> Steps[tuple[bytes
                 ids[at] = b"0-0"
                 continue
             found = outcome.result()
-            fields = (
-                found
-                if isinstance(found, dict)
-                else dict(zip(found[::2], found[1::2], strict=True))
-            )
+            pairs = found.items() if isinstance(found, dict) else _pairs(found)
+            fields = dict(pairs)
             ids[at] = fields[b"last-generated-id"]
     return (*words[: -len(keys)], *ids)
 
@@ -90,3 +87,7 @@ def _place(words: Sequence[bytes]) -> int | None:
             if word.upper() == b"BLOCK":
                 return at + 1
     return None
+
+
+def _pairs(flat: Sequence[Any]) -> Iterator[tuple[Any, Any]]:
+    return zip(flat[::2], flat[1::2], strict=True)

@@ -24,6 +24,8 @@ from redishacks.router.replies import Results
 
 #: Calls that are split over nodes: kind, and whether they write.
 _SPLIT = {b"MGET": MGET, b"MSET": SET, **{kind.encode(): kind for kind in SUMS}}
+#: What any node may be asked.
+_ANYWHERE = {b"PING", b"ECHO", b"TIME", b"COMMAND"}
 _COMMAND: Command[KeySpecs] = Command(("COMMAND",), parse=KeySpecs, repeatable=True, bulk=True)
 
 #: Seconds for learning who has which keys.
@@ -129,6 +131,11 @@ class Core:
             if isinstance(outcome.error, UnavailableError):
                 raise outcome.error
             keys = specs.learn(words, outcome.error or outcome.value or [])
+        if not keys and words[0].upper() not in _ANYWHERE:
+            name = words[0].decode(errors="replace")
+            raise UsageError(
+                f"{name}: no key says which node it is for; fanout() is for all, or for some"
+            )
         return Command(words, tuple(keys), parse, None, specs.is_read_only(words))
 
     def _split(

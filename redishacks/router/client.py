@@ -51,6 +51,8 @@ from redishacks.router.commands import Layout
 from redishacks.router.fanout import AsyncFanout, Fanout
 from redishacks.router.placement import Placement, check_name, check_weights
 from redishacks.router.reshard import Plan, survey
+from redishacks.router.scan import Scan
+from redishacks.router.scripts import RouterScript
 from redishacks.router.topology import Wanted
 from redishacks.router.transaction import AsyncTransaction, Transaction, value_of, watch
 
@@ -218,6 +220,20 @@ class Router(_Base, CoreCommands):
                 talk.close()
             if reply is not None or (end is not None and monotonic() >= end):
                 return value_of(reply, parse)
+
+    def scan_iter(
+        self, match: Any = None, count: int | None = None, _type: str | None = None, **more: Any
+    ) -> Iterator[Any]:
+        """Return all keys of all nodes, some at a time: see `redishacks.router.scan`."""
+        scan = Scan(self._core, match, count, _type)
+        while (keys := self._drive(scan.page(), self._deadline)) is not None:
+            yield from keys
+
+    def register_script(self, script: str | bytes) -> RouterScript:  # type: ignore[override]
+        """Return a script to be called with keys: see `redishacks.router.scripts`."""
+        return RouterScript(
+            self._core, script, lambda command: self._transport.call(command, self._deadline)
+        )
 
     @contextmanager
     def map(self, *, deadline: Seconds | None = None, on_error: str = "raise") -> Iterator[Batch]:
@@ -403,6 +419,21 @@ class AsyncRouter(_Base, AsyncCoreCommands):  # type: ignore[misc]
                 talk.close()
             if reply is not None or (end is not None and monotonic() >= end):
                 return value_of(reply, parse)
+
+    async def scan_iter(
+        self, match: Any = None, count: int | None = None, _type: str | None = None, **more: Any
+    ) -> AsyncIterator[Any]:
+        """Return all keys of all nodes, some at a time: see `redishacks.router.scan`."""
+        scan = Scan(self._core, match, count, _type)
+        while (keys := await self._drive(scan.page(), self._deadline)) is not None:
+            for key in keys:
+                yield key
+
+    def register_script(self, script: str | bytes) -> RouterScript:  # type: ignore[override]
+        """Return a script to be called with keys: see `redishacks.router.scripts`."""
+        return RouterScript(
+            self._core, script, lambda command: self._transport.call(command, self._deadline)
+        )
 
     @asynccontextmanager
     async def map(
