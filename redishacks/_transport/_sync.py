@@ -25,11 +25,12 @@ from redishacks._transport._decide import CONNECT_DEADLINE, Message, Talk
 from redishacks._transport._foreign import ForeignLink
 from redishacks._transport._link import greet, open_link
 from redishacks._transport._loss import Lost, Refused, Unreachable
+from redishacks._transport._own import Conversation, Terms
 from redishacks._transport._routes import Routes, View, settings_for
 from redishacks._transport._settings import Settings
 from redishacks._transport._socket import LOOK_AFTER, PING_AFTER
 from redishacks._transport._wire import PING, Address, pack, show
-from redishacks.errors import RedisHacksError, UsageError
+from redishacks.errors import RedisHacksError, UnavailableError, UsageError
 
 T = TypeVar("T")
 
@@ -277,7 +278,7 @@ class SyncTransport:
         """
         now = monotonic()
         node, version = (self._only, 0) if self._only is not None else self._usual(command)
-        link = node.take(now) if node is not None else None
+        link = node.take(now) if node is not None and command.replies == 1 else None
         if node is None or link is None:
             return self._converse(self._talk((command,), deadline, now))[0].result()
         if link.version != version or now >= link.due:
@@ -317,6 +318,28 @@ class SyncTransport:
         if self._routes is not None and self._routes.view is None:
             self._prepare(self._routes, self._talk((), deadline, monotonic()))
 
+    def converse(self, keys: Sequence[bytes], deadline: float) -> Conversation:
+        """Return a connection of one's own to the node of some keys, which are there.
+
+        Raises `UnavailableError`, and what learning who has them raises.
+        """
+        end = monotonic() + deadline
+        question: Command[Any] = Command(("EXISTS", *keys), tuple(keys), repeatable=True)
+        while True:
+            self.learn(end - monotonic())
+            view = self._routes.view if self._routes is not None else None
+            if self._routes is not None and (view is None or not view.settled):
+                self.call(question, end - monotonic())
+                view = self._routes.view
+            node = self._only or self._node(view.route(keys))  # type: ignore[union-attr]
+            try:
+                link = node.take(monotonic()) or node.connect(max(0.0, end - monotonic()))
+            except (Unreachable, Refused) as error:
+                raise UnavailableError(f"{show(node.address)}: {error}") from None
+            if self._routes is None or self._routes.view is view:
+                return Conversation(node, link, Terms(node.address, self._routes, view))
+            node.give(link)
+
     @property
     def routes(self) -> Routes | None:
         """What is known of several nodes; None for one server."""
@@ -351,7 +374,7 @@ class SyncTransport:
     def _usual(self, command: Command[Any]) -> tuple[Node | None, int]:
         """Return the node of a command and by which version it is that."""
         routes = self._routes
-        if routes is None or routes.stale or command.node is not None:
+        if routes is None or routes.stale or routes.troubled or command.node is not None:
             return None, 0
         view = routes.view
         if view is None or not view.settled:

@@ -24,6 +24,8 @@ from redishacks.router.replies import Results
 
 #: Calls that are split over nodes: kind, and whether they write.
 _SPLIT = {b"MGET": MGET, b"MSET": SET, **{kind.encode(): kind for kind in SUMS}}
+#: What any node may be asked.
+_ANYWHERE = {b"PING", b"ECHO", b"TIME", b"COMMAND"}
 _COMMAND: Command[KeySpecs] = Command(("COMMAND",), parse=KeySpecs, repeatable=True, bulk=True)
 
 #: Seconds for learning who has which keys.
@@ -59,6 +61,11 @@ class Core:
         self.specs: KeySpecs | None = None
         self._forms: dict[str, Form] = {}
 
+    def learn(self) -> Steps[None]:
+        """See that it is known who has which keys."""
+        if self.routes.view is None:
+            yield from call(self.transport.learn, _LEARNING)
+
     def say(self, args: Sequence[Any], options: Mapping[str, Any]) -> Said:
         """Return a call as it is said and heard; raises `UsageError`."""
         return self.dialect.words(args), self.dialect.parse(args[0], options)
@@ -89,13 +96,18 @@ class Core:
             reads = self.specs.is_read_only((word,) * bounds[0])
             self._forms[name] = Form(word, *bounds, parse, reads)
 
+    def together(self, keys: Sequence[bytes]) -> None:
+        """Raise `CrossNodeError` unless all keys are on one node."""
+        if self.routes.view is not None:
+            self.routes.view.route(keys)
+
     def run(self, said: Said) -> Steps[Any]:
         """Say a call, whatever it takes; returns its value or raises its error."""
         words, parse = said
         kind = _SPLIT.get(words[0].upper())
         if kind is not None and len(words) > 1:
             return (yield from self._split(kind, words, parse))
-        return (yield from ask((yield from self._command(said))))
+        return (yield from ask((yield from self.command(said))))
 
     def call(self, said: Said) -> Steps[Call]:
         """Return a call as a part of a batch; raises `UsageError`."""
@@ -104,9 +116,10 @@ class Core:
             return Call(GET, Command(words, words[1:], parse, None, True))
         if words[0] == b"SET" and len(words) == 3:
             return Call(SET, Command(words, words[1:2], parse), words[2])
-        return Call(OTHER, (yield from self._command(said)))
+        return Call(OTHER, (yield from self.command(said)))
 
-    def _command(self, said: Said) -> Steps[Command[Any]]:
+    def command(self, said: Said) -> Steps[Command[Any]]:
+        """Return a call as one command; asks a node which of its words are keys, if it must."""
         words, parse = said
         if self.specs is None:
             self.specs = yield from ask(_COMMAND)
@@ -118,6 +131,11 @@ class Core:
             if isinstance(outcome.error, UnavailableError):
                 raise outcome.error
             keys = specs.learn(words, outcome.error or outcome.value or [])
+        if not keys and words[0].upper() not in _ANYWHERE:
+            name = words[0].decode(errors="replace")
+            raise UsageError(
+                f"{name}: no key says which node it is for; fanout() is for all, or for some"
+            )
         return Command(words, tuple(keys), parse, None, specs.is_read_only(words))
 
     def _split(
@@ -195,8 +213,7 @@ class Core:
         results.begin(count)
         left = calls
         try:
-            if self.routes.view is None:
-                yield from call(self.transport.learn, _LEARNING)
+            yield from self.learn()
             while left:
                 left = yield from self._round(left, results)
         except RedisHacksError as error:

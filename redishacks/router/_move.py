@@ -24,7 +24,7 @@ from redishacks._transport import Address
 from redishacks.errors import UnavailableError, UsageError
 from redishacks.router._nodes import Nodes, address
 from redishacks.router.commands import Gift
-from redishacks.router.placement import Placement
+from redishacks.router.placement import Placement, SlotTable
 from redishacks.router.topology import CLOSING, SETTLED, TRANSIT, Topology
 
 T = TypeVar("T")
@@ -67,6 +67,8 @@ class Move:
         self._drain, self._rate = drain, rate
         self._force = take_over
         self._on_progress = on_progress
+        #: Who is spoken to.
+        self._names = nodes.names
         self._said_at = 0.0
         self._seen = self._moved = 0
 
@@ -95,6 +97,33 @@ class Move:
             # As far as it goes: whoever comes next need not wait for the end of the TTL then.
             yield from self._on_all(self._layout.claim, self._token, 0.0, force=False)
         return Progress(SETTLED, self._seen, self._moved)
+
+    def eject(self, name: str) -> Steps[Topology]:
+        """Give the keys of a node that is gone to the others: they are not there, nor is the node.
+
+        All others must be there. Clients learn of it as of any change.
+        """
+        yield from self._nodes.refresh()
+        old = self._topology().placement
+        if self._topology().state != SETTLED:
+            raise UsageError("keys are moving: that must come to its end before a node is ejected")
+        if name not in old.nodes:
+            raise UsageError(f"there is no node {name}; there are {', '.join(old.nodes)}")
+        if not isinstance(old, SlotTable):
+            raise UsageError(
+                f"a node of a {old.kind} placement cannot be ejected: reshard to slots"
+            )
+        if len(old.nodes) == 1:
+            raise UsageError(f"{name} is the only node")
+        self._names = [other for other in self._nodes.names if other != name]
+        new = old.changed({other: old.weights[other] for other in old.nodes if other != name})
+        yield from self._claim(force=self._force)
+        try:
+            yield from self._publish(SETTLED, new, None)
+            yield from self._fence()
+        finally:
+            yield from self._on_all(self._layout.claim, self._token, 0.0, force=False)
+        return self._topology()
 
     def _carry_on(self) -> Steps[None]:
         topology = self._topology()
@@ -188,7 +217,7 @@ class Move:
 
     def _claim(self, *, force: bool) -> Steps[None]:
         """Become the mover; the first node, by name, decides."""
-        for name in sorted(self._nodes.names):
+        for name in sorted(self._names):
             found = yield from ask_all(
                 [self._layout.claim(self._nodes.open(name), self._token, _TTL, force=force)]
             )
@@ -230,7 +259,7 @@ class Move:
     def _fence(self) -> Steps[None]:
         """Return when no connection to any node goes by an older version."""
         version = self._topology().version
-        names = self._nodes.names
+        names = self._names
         end = clock() + self._drain
         while True:
             lists = yield from self._each(self._layout.clients, among=names)
@@ -268,7 +297,7 @@ class Move:
         return [outcome.result() for outcome in outcomes]
 
     def _on_all(self, make: Any, *args: Any, **more: Any) -> Steps[list[Outcome[Any]]]:
-        commands = [make(self._nodes.open(name), *args, **more) for name in self._nodes.names]
+        commands = [make(self._nodes.open(name), *args, **more) for name in self._names]
         return (yield from ask_all(commands))
 
     def _say(self, commands: Sequence[Command[T]]) -> Steps[list[T]]:
