@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import os
-import random
 import signal
 import threading
 import time
@@ -25,7 +24,7 @@ from redishacks.router.reshard import Plan
 from redishacks.testing import Server, redis_server, valkey_server
 from tests import router_workers, workers
 from tests.helpers import eventually
-from tests.router_workers import CALLING, PULLING, SHARED, Ledger
+from tests.router_workers import CALLING, LASTING, PULLING, Ledger
 
 THREE, FOUR = ("a", "b", "c"), ("a", "b", "c", "d")
 #: Seconds that connections have to learn of a step, here.
@@ -105,8 +104,10 @@ def moving(router: Router, nodes: Iterable[str] = FOUR, kind: str = "k") -> Iter
             yield key
 
 
-def settled(place: Place, router: Router) -> None:
+def settled(place: Place) -> None:
     """Check that every key is where it belongs and nowhere else, and nothing of a move is left."""
+    router = place.router()
+    router.connect()
     for name, keys in place.keys().items():
         ours = {key for key in keys if key.startswith(OWN)}
         # What a plan was made with is gone in ten seconds.
@@ -203,7 +204,7 @@ def under_fire(place: Place, rounds: int, seed: int) -> list[Ledger]:
         shift(router, FOUR, drain=0.2)
     check(router, ledgers)
     assert router.mget(list(still)) == [value.encode() for value in still.values()]
-    settled(place, router)
+    settled(place)
     assert sum(ledger.done for ledger in ledgers) > 100 * rounds
     return ledgers
 
@@ -305,7 +306,7 @@ def test_who_was_stopped_before_a_move_writes_to_no_old_node(place: Place, back:
         else:
             assert ahead[which] == 105, which
             counted(router, key, 105, ended[which])
-    settled(place, router)
+    settled(place)
 
 
 @pytest.mark.parametrize("then", ["count", "delete", "and-back"])
@@ -340,7 +341,7 @@ def test_who_was_stopped_in_a_pull_brings_nothing_back(place: Place, then: str) 
         stopped.close()
     for which, key in keys.items():
         counted(router, key, before, ended[which])
-    settled(place, router)
+    settled(place)
 
 
 # Movers that are killed
@@ -382,7 +383,7 @@ def killed_after(place: Place, at: int, directory: Path, deadline: float = 0.05)
     process.join(60)
     if process.exitcode == 0:
         assert pipe.recv()[1] is None
-        settled(place, router)
+        settled(place)
         return False
     # Meanwhile clients do what they can.
     hasty = place.router(deadline=deadline)
@@ -398,7 +399,7 @@ def killed_after(place: Place, at: int, directory: Path, deadline: float = 0.05)
     if len(router.plan(list(FOUR)).slots):  # nothing had been stored of it
         shift(router, FOUR)
     assert {router.node_for(key) for key in values} == set(FOUR)
-    settled(place, router)
+    settled(place)
     return True
 
 
@@ -419,3 +420,236 @@ def test_a_mover_that_is_killed_leaves_nothing_undone(
 ) -> None:
     """A mover is killed at some steps of its work: the next one ends the move."""
     killed_after(place, at, tmp_path)
+
+
+# What a move is made of
+
+
+def transit(router: Router, **options: Any) -> Any:
+    """Begin a move to four nodes and stop it where keys begin to move."""
+
+    def on_progress(progress: Progress) -> None:
+        if progress.state == "transit":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        shift(router, FOUR, on_progress=on_progress, **options)
+
+
+def pulls(router: Router) -> tuple[Layout, Callable[[str, Any], Any], int]:
+    """Return what builds the words of a pull, what says one to a node, and the move's number."""
+    nodes: Any = router.redishacks_transport.routes
+    transport = router.redishacks_transport
+    transport.call(nodes.layout.read(nodes.open("a")), 5)
+    router.exists("something")
+    return (
+        nodes.layout,
+        lambda name, make: transport.call(make((name, -3)), 5),
+        nodes.view.topology.since,
+    )
+
+
+def test_a_key_that_ends_while_it_moves_does_not_come_back(place: Place) -> None:
+    """What ended after it was set aside is gone for all, also for who has a copy of it in hand."""
+    router = begin(place)
+    key = next(moving(router))
+    router.set(key, "old", ex=LASTING)
+    old = router.node_for(key)
+    transit(router)
+    layout, say, since = pulls(router)
+    gifts = say(old, lambda node: layout.give(node, [key.encode()], since))
+    assert [gift.key for gift in gifts] == [key.encode()]
+    place.raw(old).pexpire(layout.aside_prefix + key.encode(), 1)
+    eventually(lambda: not place.raw(old).exists(layout.aside_prefix + key.encode()))
+    assert router.get(key) is None
+    router.set(key, "new")
+    say("d", lambda node: layout.take(node, gifts, since))
+    assert router.get(key) == b"new"
+    finish(router)
+    assert router.get(key) == b"new"
+    settled(place)
+
+
+def test_a_key_that_a_node_cannot_take_is_not_lost(place: Place) -> None:
+    """A node that refuses what it is given has not taken it: later it can."""
+    router = begin(place)
+    values = load(router)
+    place.raw("d").execute_command("ACL", "SETUSER", "default", "-restore")
+    try:
+        plan = router.plan(list(FOUR))
+        with pytest.raises(UsageError, match="cannot read"):
+            router.reshard(plan)
+        with pytest.raises(Exception, match="restore"):
+            router.reshard(plan._replace(refusals=[]), drain=DRAIN)
+    finally:
+        place.raw("d").execute_command("ACL", "SETUSER", "default", "+restore")
+    finish(router)
+    assert router.mget(list(values)) == [value.encode() for value in values.values()]
+    settled(place)
+
+
+def test_a_key_whose_name_is_empty_moves(place: Place) -> None:
+    """A key whose name is empty is a key as any other one."""
+    router = begin(place)
+    router.set("", "value")
+    assert router.node_for("") == "a"
+    shift(router, ["b", "c"])
+    assert router.get("") == b"value"
+    settled(place)
+
+
+def test_a_batch_of_many_thousand_keys_that_move(place: Place) -> None:
+    """A batch pulls as many keys as it has, in the middle of a move."""
+    router = begin(place)
+    some = {name: "value" for name in itertools.islice(moving(router), 9000)}
+    router.mset(some)
+    transit(router)
+    with router.map(on_error="return") as m:
+        found = [m.append(name, "s") for name in some]
+    assert {reply.value for reply in found} == {6}
+    finish(router)
+    settled(place)
+
+
+def test_routers_that_share_servers_do_not_disturb_each_other(place: Place) -> None:
+    """A move waits for the connections of its own router, not for those of another one's."""
+    router = begin(place)
+    other = place.router(prefix="other")
+    other.connect()
+    done = threading.Event()
+
+    def use() -> None:
+        while not done.is_set():
+            other.set("k", "value")
+
+    thread = threading.Thread(target=use)
+    thread.start()
+    ended = threading.Event()
+
+    def work() -> None:
+        for nodes in (FOUR, THREE):
+            shift(router, nodes)
+        ended.set()
+
+    mover = threading.Thread(target=work)
+    mover.start()
+    try:
+        assert ended.wait(20)
+    finally:
+        done.set()
+        thread.join()
+        mover.join()
+
+
+# Movers, and other movers
+
+
+def test_a_second_mover_is_refused_while_one_is_at_work(place: Place, tmp_path: Path) -> None:
+    """Who wants to move keys while somebody else does hears so, and the other one goes on."""
+    router = begin(place)
+    values = load(router)
+    second = place.router()
+
+    def on_progress(progress: Progress) -> None:
+        with pytest.raises(UsageError, match="somebody else is moving keys"):
+            second.reshard(None)
+
+    shift(router, FOUR, on_progress=on_progress)
+    assert router.mget(list(values)) == [value.encode() for value in values.values()]
+    settled(place)
+
+
+@pytest.mark.parametrize("node", THREE)
+def test_a_second_mover_is_refused_though_a_node_has_forgotten_the_first(
+    place: Place, node: str
+) -> None:
+    """A node that has lost who moves keys does not let another one become that."""
+    router = begin(place)
+    load(router)
+    second = place.router()
+
+    def on_progress(progress: Progress) -> None:
+        place.raw(node).delete(OWN + b"mover")
+        with pytest.raises(UsageError, match="somebody else is moving keys"):
+            second.reshard(None)
+
+    with pytest.raises(UsageError, match="go on with the move once more"):
+        shift(router, FOUR, on_progress=on_progress)
+    finish(router, take_over=False)
+    settled(place)
+
+
+def test_a_mover_that_dies_can_be_followed_when_its_time_is_over(
+    place: Place, tmp_path: Path
+) -> None:
+    """A dead mover's time must be over before another one follows, unless that one takes over."""
+    router = begin(place)
+    values = load(router)
+    process, _ = mover(place, router.plan(list(FOUR)), tmp_path, at=20)
+    process.join(30)
+    assert process.exitcode == -signal.SIGKILL
+    with pytest.raises(UsageError, match=r"it is over in \d+ s"):
+        router.reshard(None)
+    router.reshard(None, take_over=True, drain=DRAIN)
+    assert router.mget(list(values)) == [value.encode() for value in values.values()]
+    settled(place)
+
+
+def stopped_mover(place: Place, directory: Path, at: int) -> tuple[bool, str | None]:
+    """Stop a mover after so many exchanges; others move keys forth, back and half forth again.
+
+    Returns whether it was stopped at all, and the error of the one that was.
+    """
+    router = begin(place)
+    names = list(itertools.islice(moving(router), 40))
+    router.mset(dict.fromkeys(names, 5))
+    process, pipe = mover(place, router.plan(list(FOUR)), directory, at=at, action="stop")
+    try:
+        eventually(lambda: pipe.poll() or workers.is_stopped(process.pid), 30)
+        if pipe.poll():
+            return False, None
+        for name in FOUR:  # as if its time were over
+            place.raw(name).delete(OWN + b"mover")
+        finish(router, take_over=False)
+        if router.plan(list(FOUR)).slots:
+            shift(router, FOUR)
+        for name in names:
+            router.incr(name)
+        shift(router, THREE)
+        transit(router)
+        # As if by a client that was killed there.
+        layout, say, since = pulls(router)
+        for name in names[:20]:
+            old = router.redishacks_transport.routes.view.topology.placement.node_for(name.encode())
+            say(old, lambda node, name=name: layout.give(node, [name.encode()], since))
+        os.kill(process.pid, signal.SIGCONT)
+        process.join(30)
+        assert pipe.poll(), "it has not ended"
+        _, error = pipe.recv()
+        finish(router)
+    finally:
+        process.kill()
+        process.join()
+    assert router.mget(names) == [b"6"] * len(names)
+    settled(place)
+    return True, error
+
+
+@pytest.mark.parametrize("at", [10, 16, 20, 24, 26, 28])
+def test_a_mover_that_was_stopped_does_no_harm_when_it_goes_on(
+    place: Place, tmp_path: Path, at: int
+) -> None:
+    """A mover that wakes up when others have moved all, twice, stops with an error."""
+    there, error = stopped_mover(place, tmp_path, at)
+    assert there
+    assert error is not None
+    assert "somebody else" in error
+
+
+@pytest.mark.slow
+def test_a_mover_that_was_stopped_anywhere_does_no_harm(place: Place, tmp_path: Path) -> None:
+    """Wherever a mover was stopped: it does no harm when it goes on."""
+    for at in itertools.count(1):
+        if not stopped_mover(place, tmp_path, at)[0]:
+            break
+    assert at > 20
