@@ -420,7 +420,7 @@ class AsyncRouter(_Base, AsyncCoreCommands):  # type: ignore[misc]
             if reply is not None or (end is not None and monotonic() >= end):
                 return value_of(reply, parse)
 
-    async def scan_iter(
+    async def scan_iter(  # type: ignore[override]
         self, match: Any = None, count: int | None = None, _type: str | None = None, **more: Any
     ) -> AsyncIterator[Any]:
         """Return all keys of all nodes, some at a time: see `redishacks.router.scan`."""
@@ -619,6 +619,11 @@ def _read(
             settings[name] = read_settings(client, asynchronous=asynchronous)
         except UsageError as error:
             raise UsageError(f"node {name}: {error}") from None
+        if settings[name].foreign is not None:
+            raise UsageError(
+                f"node {name}: connections of a class of your own, or of fakeredis, cannot be told "
+                "by which topology they go; redishacks.testing has servers for tests"
+            )
         dialects.append(Dialect(client))
     check_weights({name: weights.get(name, 1) for name in settings})
     if (
