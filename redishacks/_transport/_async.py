@@ -204,11 +204,7 @@ class Site:
             settings = self._settings
             if self._routes is not None:
                 settings = self._routes.settings(address, settings)
-            node = (
-                ForeignNode(settings)
-                if settings.foreign
-                else Node(self.loop, settings, address)
-            )
+            node = ForeignNode(settings) if settings.foreign else Node(self.loop, settings, address)
             self._nodes[address] = node
             self._known.add(node)
         return node
