@@ -186,6 +186,7 @@ class Talk(Generic[T]):
         """End all with an error that has nothing to do with any node."""
         for index in self._open:
             self._settle(index, error)
+        self._open = []
 
     def to_pull(self) -> tuple[View, list[bytes]] | None:
         """Return keys that must be moved to their new node before this round, and by which view."""
