@@ -5,6 +5,9 @@ from __future__ import annotations
 import asyncio
 import datetime as dt
 import re
+import subprocess
+import sys
+import threading
 import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -12,11 +15,19 @@ from typing import Any
 
 import pytest
 
-from redishacks.errors import CrossNodeError, UsageError
-from redishacks.router import AsyncRouter, Router
+from redishacks.errors import (
+    CrossNodeError,
+    ServerError,
+    TopologyMismatchError,
+    UnavailableError,
+    UsageError,
+)
+from redishacks.router import AsyncRouter, BatchError, Router
 from redishacks.router.placement import SlotTable
-from redishacks.testing import Cluster, Server
-from tests.router_kit import Backend, Face, Place, Routers, clustered, kind, nodes, shown
+from redishacks.router.topology import Topology
+from redishacks.testing import Cluster, FaultProxy, Server
+from tests.helpers import eventually
+from tests.router_kit import Backend, Face, Place, Routers, clustered, kind, nodes, shown, spread
 
 
 @pytest.fixture
@@ -576,3 +587,391 @@ def test_clusters_in_the_wrong_place(colour: Routers, cluster: Cluster) -> None:
         assert "secret" not in str(refused.value)
     with pytest.raises(UsageError, match=r"not (Async)?Router"):
         colour.router({"a": inner})
+
+
+# What all clients agree on
+
+NODE_KEY = "rh:r1:{router}:node"
+
+
+@pytest.fixture(scope="module")
+def four() -> Iterator[dict[str, Server]]:
+    """Four servers that stay."""
+    with nodes("a", "b", "c", "d") as made:
+        yield made.servers
+
+
+@pytest.fixture
+def empty(four: dict[str, Server]) -> dict[str, Server]:
+    """The four, which nobody has used yet."""
+    for server in four.values():
+        with server.client() as client:
+            client.flushall()
+    return four
+
+
+def urls(servers: dict[str, Server], names: str) -> dict[str, Any]:
+    """Return names and URLs of some."""
+    return {name: servers[name].url for name in names}
+
+
+def sizes(servers: dict[str, Server]) -> dict[str, int]:
+    """Return how many keys each has."""
+    counts = {}
+    for name, server in servers.items():
+        with server.client() as client:
+            counts[name] = client.dbsize()
+    return counts
+
+
+def stamps(servers: dict[str, Server]) -> dict[str, str]:
+    """Return what each says of itself, but for its name; of those that say something."""
+    found = {}
+    for name, server in servers.items():
+        with server.client(decode_responses=True) as client:
+            stamp = client.hget(NODE_KEY, "stamp")
+        if stamp is not None:
+            version, digest, its = stamp.split(" ")
+            assert its == name
+            found[name] = f"{version} {digest}"
+    return found
+
+
+def at_once(work: Callable[[int], Any], many: int = 8) -> list[Any]:
+    """Call a function in so many threads at the same time; return what they came to."""
+    barrier = threading.Barrier(many)
+
+    def begin(n: int) -> Any:
+        barrier.wait()
+        return shown(lambda: work(n))
+
+    with ThreadPoolExecutor(many) as pool:
+        return list(pool.map(begin, range(many)))
+
+
+def test_fresh_nodes_agree(flavour: str, empty: dict[str, Server]) -> None:
+    """Of eight clients that begin at once, each by other addresses, all find the same table."""
+
+    def begin(n: int) -> list[str]:
+        colour = Routers(flavour)
+        try:
+            given = urls(empty, "abc")
+            if n % 2:
+                given = {name: given[name].replace("127.0.0.1", "localhost") for name in "cba"}
+            router = colour.router(given)
+            router.connect()
+            assert router.incr(f"own:{n}") == 1
+            return [router.node_for(f"{i}") for i in range(100)]
+        finally:
+            colour.close()
+
+    ((word, table), *others) = at_once(begin)
+    assert word == "value", table
+    assert others == [(word, table)] * 7
+    assert len(set(stamps(empty).values())) == 1
+    assert set(stamps(empty)) == {"a", "b", "c"}
+
+
+def test_fresh_nodes_and_clients_that_contradict(flavour: str, empty: dict[str, Server]) -> None:
+    """Of clients that begin at once with two sets of weights, those of one set are refused."""
+
+    def begin(n: int) -> str:
+        colour = Routers(flavour)
+        try:
+            given = urls(empty, "abc")
+            given["a"] = {"url": given["a"], "weight": 2 + n % 2}
+            router = colour.router(given)
+            try:
+                router.incr("all")
+            except TopologyMismatchError as error:
+                return str(error)
+            return "served"
+        finally:
+            colour.close()
+
+    came = [value for _, value in at_once(begin)]
+    winners = came.index("served") % 2
+    assert came[winners::2] == ["served"] * 4
+    assert all(f"node a with weight {2 + winners}" in text for text in came[1 - winners :: 2])
+    assert len(set(stamps(empty).values())) == 1
+    assert sum(sizes(empty).values()) == 4
+
+
+@pytest.mark.slow
+def test_processes_begin_on_fresh_nodes(empty: dict[str, Server]) -> None:
+    """Processes that begin at once find the same table, and count together."""
+    code = (
+        "import sys\n"
+        "from redishacks.router import Router\n"
+        f"router = Router({urls(empty, 'abc')!r}, deadline=20)\n"
+        "sys.stdin.readline()\n"
+        "[router.incr(f'{i}') for i in range(50)]\n"
+        "print([router.node_for(f'{i}') for i in range(50)])\n"
+    )
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", code], text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        )
+        for _ in range(8)
+    ]
+    told = []
+    for process in processes:
+        assert process.stdin
+        process.stdin.write("\n")
+        process.stdin.flush()
+    for process in processes:
+        told.append(process.communicate(timeout=60)[0])
+        assert process.returncode == 0
+    assert len(set(told)) == 1
+    with Router(urls(empty, "abc")).map() as m:
+        counts = [m.get(f"{i}") for i in range(50)]
+    assert [count.value for count in counts] == [b"8"] * 50
+
+
+def contradictions(servers: dict[str, Server]) -> dict[str, tuple[Any, str]]:
+    """Return what is not what `stored` has set up, and what of it is said."""
+    given = urls(servers, "abc")
+    weighted = {"url": given["b"], "weight": 2}
+    return {
+        "fewer": (urls(servers, "ab"), "it has node c, which is not given here"),
+        "another": (urls(servers, "abd"), "it has node c, which is not given here"),
+        "one": ({"b": weighted}, "it has node a, which is not given here; it has node c"),
+        "weight": (given | {"b": given["b"], "a": {"url": given["a"], "weight": 5}},
+                   "it has node a with weight 1, not 5"),
+        "weights": (given | {"b": {"url": given["b"], "weight": 1}},
+                    "it has node b with weight 2, not 1"),
+        "swapped": (given | {"a": given["b"], "b": given["a"]}, "leads to node "),
+        "in a ring": ({"a": given["b"], "b": given["c"], "c": given["a"]}, "leads to node "),
+        "one for two": (given | {"c": given["a"]}, "the address of node c leads to node a"),
+        "renamed": ({"x": given["a"], "b": given["b"], "c": given["c"]},
+                    "the address of node x leads to node a"),
+        "of another": (given | {"c": servers["d"].url}, "two topologies of version 1"),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "what",
+    [
+        "fewer",
+        "another",
+        "one",
+        "weight",
+        "weights",
+        "swapped",
+        "in a ring",
+        "one for two",
+        "renamed",
+        "of another",
+    ],
+)
+def test_who_contradicts_is_refused(colour: Routers, empty: dict[str, Server], what: str) -> None:
+    """Other nodes, other weights or other addresses: refused before anything is written."""
+    first = colour.router(urls(empty, "abc") | {"b": {"url": empty["b"].url, "weight": 2}})
+    first.mset({f"{n}": n for n in range(30)})
+    given, message = contradictions(empty)[what]
+    if what == "of another":
+        colour.router({"c": empty["d"].url}).set("other", 1)
+    before = sizes(empty)
+    wrong = colour.router(given)
+    for call in (
+        lambda: wrong.set("0", "wrong"),
+        lambda: wrong.get("0"),
+        lambda: wrong.mset({f"{n}": "wrong" for n in range(30)}),
+        lambda: wrong.delete(*map(str, range(30))),
+        lambda: wrong.ping(),
+        wrong.connect,
+    ):
+        with pytest.raises(TopologyMismatchError, match=re.escape(message)):
+            call()
+    with pytest.raises(BatchError) as failed, wrong.map() as m:
+        m.incr("0")
+        m.get("1")
+    assert {type(reply.error) for reply in failed.value.replies} == {TopologyMismatchError}
+    assert sizes(empty) == before
+    assert first.mget([f"{n}" for n in range(30)]) == [b"%d" % n for n in range(30)]
+
+
+def test_what_is_no_contradiction(colour: Routers, empty: dict[str, Server], prefix: str) -> None:
+    """Addresses, passwords, order, weights not said and nodes not used yet move no key."""
+    first = colour.router(urls(empty, "abc") | {"b": {"url": empty["b"].url, "weight": 2}})
+    keys = [f"{prefix}:{n}" for n in range(50)]
+    first.mset({key: key for key in keys})
+    table = [first.node_for(key) for key in keys]
+    assert table.count("b") > max(table.count("a"), table.count("c"))
+    given = urls(empty, "abc")
+    with (
+        empty["a"].client() as admin,
+        FaultProxy(empty["a"]) as elsewhere,
+        FaultProxy(empty["c"], unix=True) as socket,
+    ):
+        admin.config_set("requirepass", "other")
+        admin.auth("other")
+        try:
+            for other in (
+                {"c": given["c"], "b": {"url": given["b"], "weight": 2.0}, "a": "pass"},
+                given | {"a": "pass", "d": empty["d"].url},
+                given | {"a": "pass", "c": socket.url},
+                given | {"a": "pass", "b": given["b"].replace("127.0.0.1", "localhost")},
+                {"a": f"redis://:other@127.0.0.1:{elsewhere.port}", "b": given["b"],
+                 "c": colour.client(given["c"])},
+            ):  # fmt: skip
+                if other["a"] == "pass":
+                    other["a"] = given["a"].replace("://", "://:other@")
+                router = colour.router(other)
+                assert router.mget(keys) == [key.encode() for key in keys]
+                assert [router.node_for(key) for key in keys] == table
+        finally:
+            admin.config_set("requirepass", "")
+    assert sizes(empty)["d"] == 0
+
+
+def test_fresh_nodes_of_which_one_is_away(colour: Routers, empty: dict[str, Server]) -> None:
+    """Nobody knows who has which keys before all were asked: unavailable, and nothing written."""
+    with FaultProxy(empty["c"]) as proxy:
+        proxy.refuse()
+        router = colour.router(urls(empty, "ab") | {"c": proxy.url}, deadline=0.3)
+        for _ in range(2):
+            with pytest.raises(UnavailableError, match="c cannot be reached"):
+                router.set("a", 1)
+        assert sum(sizes(empty).values()) == 0
+        proxy.accept()
+        assert eventually(lambda: shown(lambda: router.set("a", 1)) == ("value", True))
+
+
+def test_a_known_node_is_away(colour: Routers, empty: dict[str, Server], prefix: str) -> None:
+    """A client that begins while a node is away learns from the others, and serves their keys."""
+    colour.router(urls(empty, "abc")).set(prefix, 1)
+    with FaultProxy(empty["c"]) as proxy:
+        proxy.refuse()
+        router = colour.router(urls(empty, "ab") | {"c": proxy.url})
+        router.connect()
+        a, b, c = spread(router, prefix, "abc")
+        assert router.incr(a) == router.incr(b) == 1
+        with pytest.raises(UnavailableError, match="INCR(BY)? on c"):
+            router.incr(c)
+        proxy.accept()
+        assert router.incr(c) == 1
+
+
+def test_a_node_that_was_emptied(colour: Routers, empty: dict[str, Server], prefix: str) -> None:
+    """It is told again by who notices, and serves again; not one call fails meanwhile."""
+    router = colour.router(urls(empty, "abc"))
+    router.connect()
+    a, b, _ = spread(router, prefix, "abc")
+    known = stamps(empty)
+    router.mset({a: 1, b: 1})
+    with empty["a"].client() as admin:
+        admin.flushall()
+    fresh = colour.router(urls(empty, "abc"))
+    assert fresh.get(a) is None
+    assert fresh.get(b) == b"1"
+    assert stamps(empty) == known
+    with empty["a"].client() as admin:
+        admin.flushall()
+    counts: list[int] = []
+
+    def told() -> bool:
+        counts.append(router.incr(a))
+        with router.map() as m:
+            again = m.get(a)
+        return int(again.value) == counts[-1] and stamps(empty) == known
+
+    eventually(told)
+    assert counts == list(range(1, len(counts) + 1))
+    assert router.get(b) == b"1"
+
+
+def test_a_node_that_came_back_empty(colour: Routers, prefix: str) -> None:
+    """Restarted without its data, it is told again; but by nobody while another one is away."""
+    with nodes("a", "b", "c") as place:
+        servers = place.servers
+        router = colour.router(place.nodes(), deadline=0.5)
+        router.connect()
+        a, b, c = spread(router, prefix, "abc")
+        router.mset({a: 1, b: 1, c: 1})
+        known = stamps(servers)
+        servers["a"].restart()
+        assert eventually(lambda: shown(lambda: router.get(a)) == ("value", None))
+        assert stamps(servers) == known
+        servers["b"].kill()
+        servers["a"].restart()
+        late = colour.router(place.nodes(), deadline=0.5)
+        for each in (router, late):
+            with pytest.raises(UnavailableError):
+                each.set(a, 2)
+            with pytest.raises(UnavailableError):
+                each.set(b, 2)
+            assert eventually(lambda each=each: shown(lambda: each.get(c)) == ("value", b"1"))
+        with servers["a"].client() as client:
+            assert client.dbsize() == 0
+        servers["b"].restart()
+        for key in (a, b):
+            assert eventually(lambda key=key: shown(lambda: late.set(key, 3)) == ("value", True))
+            assert router.get(key) == b"3"
+        assert stamps(servers) == known
+
+
+def test_a_newer_table_is_learned(colour: Routers, empty: dict[str, Server], prefix: str) -> None:
+    """A client goes by a newer table without restart; a node that knows an older one is told."""
+    given = urls(empty, "abc")
+    router = colour.router(given)
+    router.connect()
+    a, *_ = keys = spread(router, prefix, "abc", 10)
+    assert [router.explain(key).version for key in keys] == [1] * len(keys)
+    old = SlotTable.fresh({"a": 1, "b": 1, "c": 1})
+    newer = Topology(2, {}, old.changed({"b": 1, "c": 1}))
+    for name in "ab":
+        with empty[name].client() as client:
+            client.hset(
+                NODE_KEY,
+                mapping={
+                    "version": 2,
+                    "stamp": str(newer.stamp(name)),
+                    "topology": newer.dump(),
+                },
+            )
+
+    def learned() -> bool:
+        router.incr(a)
+        return bool(router.explain(a).version == 2)
+
+    eventually(learned)
+    assert {router.node_for(key) for key in keys} == {"b", "c"}
+    router.mset({key: 7 for key in keys})
+    assert colour.router(given).mget(keys) == [b"7"] * len(keys)
+    assert stamps(empty) == dict.fromkeys("abc", f"2 {newer.digest}")
+    for name in "bc":
+        with empty[name].client() as client:
+            names = {each["name"] for each in client.client_list()}
+        assert "rh-2" in names
+
+
+def test_two_databases_of_one_server(colour: Routers, empty: dict[str, Server]) -> None:
+    """Databases of one server are nodes as well."""
+    router = colour.router({"a": f"{empty['a'].url}/0", "b": f"{empty['a'].url}/1"})
+    router.mset({f"{n}": n for n in range(30)})
+    assert router.mget([f"{n}" for n in range(30)]) == [b"%d" % n for n in range(30)]
+    with empty["a"].client(db=1) as second:
+        assert second.dbsize() > 5
+        second.flushall()
+
+
+def test_passwords_are_in_no_message(colour: Routers, empty: dict[str, Server]) -> None:
+    """Not of a node that is away, or refuses the password, or the user."""
+    with empty["a"].client() as admin:
+        admin.execute_command("ACL", "SETUSER", "poor", "on", ">secret", "~*", "+@read", "+@write")
+        given = urls(empty, "bc")
+        try:
+            for url, expected, message in (
+                (empty["a"].url.replace("://", "://poor:secret@"), ServerError, "NOPERM"),
+                (empty["a"].url.replace("://", "://poor:secret2@"), UnavailableError, "WRONGPASS"),
+                ("redis://:secret@127.0.0.1:1", UnavailableError, "node a cannot be reached"),
+            ):
+                router = colour.router(given | {"a": url}, deadline=0.5)
+                with pytest.raises(expected, match=message) as failed:
+                    router.set("a", 1)
+                shown = "".join(traceback.format_exception(failed.value))
+                assert "secret" not in shown.replace('"secret"', "")
+                assert "secret" not in repr(router)
+        finally:
+            admin.acl_deluser("poor")
