@@ -322,7 +322,8 @@ class Talk(Generic[T]):
             return pause
         for index in self._open:
             what = name(self._commands[index])
-            why = self._last.get(index, "no connection in time")
+            _, down = self._down.get(index, (None, "no connection in time"))
+            why = self._last.get(index, down)
             self._settle(
                 index, UnavailableError(f"{what}: not done within {self.deadline:g} s: {why}")
             )
