@@ -57,7 +57,7 @@ LAYERS = [
     {"_drive", "_errands"},
     {"_transport"},
     {"_linger", "_wake"},
-    {"counters", "sinks", "ratelimit", "locks", "timeseries"},
+    {"counters", "sinks", "ratelimit", "locks", "timeseries", "router"},
     {"testing", "web"},
     {"doctor", "demo"},
     {"cli", "__main__"},

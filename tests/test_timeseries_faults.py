@@ -1196,6 +1196,27 @@ def test_what_makes_no_sense(
     assert known(series, "a", "b") == {"a": 0, "b": 0}
 
 
+def test_lingering_hits_by_a_clock_that_is_ahead(url: str, prefix: str) -> None:
+    """What was given a time is refused when the server's shows that it is in the future."""
+    told: list[Any] = []
+    now = time.time()
+    with TimeSeries(
+        url, "hits", prefix=prefix, linger=600, on_refused=told.append, deadline=5
+    ) as series:
+        layout: Any = series.layout
+        layout._guess = layout._ahead = layout._guess + 7200
+        layout.off = -layout._guess
+        series.incr("a", 3, at=now + 7200)
+        series.incr("a", 4, at=now)
+        series.incr("a", 5)
+    assert [(each.key, *each.amounts) for each in told] == [("a", 3)]
+    assert series.sum("a", now - 60, now + 60) == 9
+    with TimeSeries(url, "hits", prefix=prefix, linger=600) as series:
+        series.sum("a", now)
+        with pytest.raises(UsageError, match="'a': 5 is older than all that is kept"):
+            series.incr("a", at=5)
+
+
 def test_hits_that_are_too_old(url: str, prefix: str) -> None:
     """They are refused by name with all that came with them; those that lingered, alone."""
     now = int(time.time())

@@ -397,7 +397,7 @@ class AsyncTransport:
     def _usual(self, site: Site, command: Command[Any]) -> tuple[Node | ForeignNode | None, int]:
         """Return the node of a command and by which version it is that."""
         routes = self._routes
-        if routes is None or routes.stale or command.node is not None:
+        if routes is None or routes.stale or routes.troubled or command.node is not None:
             return None, 0
         view = routes.view
         if view is None or not view.settled:

@@ -7,6 +7,7 @@ when a node cannot be reached or the cluster says that it is in trouble.
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -34,6 +35,8 @@ class SlotMap:
     version = 0
     #: Channels of SPUBLISH do as well.
     shards = True
+    #: A node that does not answer is replaced by the cluster.
+    troubled = False
     #: Its nodes take several keys of one slot only.
     by_slot = None
     #: What keys that move need is for the nodes to say.
@@ -97,6 +100,15 @@ class SlotMap:
                 self.load(outcome.value, address)
                 return
 
+    def failed(self, node: Address, *, silent: bool) -> None:
+        """A cluster makes another node primary."""
+
+    def fine(self, node: Address) -> None:
+        """Nothing was noted."""
+
+    def broken(self, node: Address) -> None:
+        """Every node is asked."""
+
     def moving(self, keys: Sequence[bytes]) -> None:
         """Nothing is to be done before a command."""
 
@@ -110,6 +122,17 @@ class SlotMap:
 
     def heard(self, address: Address, replies: Sequence[Any]) -> None:
         """Take replies to nothing."""
+
+    def every(self) -> dict[str, Address]:
+        """Return the primaries, by host and port."""
+        return {show(node): node for node in self._primaries}
+
+    def counts(self) -> dict[str, int]:
+        """Return how many slots each has."""
+        return Counter(show(node) for node in self._by_slot if node is not None)
+
+    def kept(self, words: Words) -> None:
+        """Nothing would make a node forget itself."""
 
     def settings(self, address: Address, usual: Settings) -> Settings:
         """Return how to reach a node: as any other one."""

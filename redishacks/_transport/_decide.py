@@ -20,6 +20,7 @@ from redishacks._command import Command, Outcome
 from redishacks._transport._loss import Lost, Overtaken, Refused, Unreachable
 from redishacks._transport._routes import COURTESY, PULL, WAIT, Routes, Standing, View
 from redishacks._transport._settings import Settings
+from redishacks._transport._socket import LATE
 from redishacks._transport._wire import (
     ASKING,
     Address,
@@ -218,6 +219,7 @@ class Talk(Generic[T]):
         groups: dict[Address, list[Part]] = {}
         packed: dict[int, bytes] = {}
         view = self._view()
+        broken: dict[Address, str | None] = {}
         for index in self._open:
             if view is not None and not view.settled and self._must_wait(index, view):
                 continue
@@ -228,8 +230,15 @@ class Talk(Generic[T]):
             except UsageError as error:
                 self._settle(index, error)
                 continue
-            if node is not None:
-                groups.setdefault(node, []).append(part)
+            if node is None:
+                continue
+            if self._routes is not None and self._routes.troubled:
+                if node not in broken:
+                    broken[node] = self._routes.broken(node)
+                if (why := broken[node]) is not None:
+                    self._settle(index, UnavailableError(f"{self._where(index, node)}: {why}"))
+                    continue
+            groups.setdefault(node, []).append(part)
         return [
             Message(
                 node,
@@ -272,8 +281,11 @@ class Talk(Generic[T]):
     def answered(self, message: Message, replies: Sequence[Any]) -> None:
         """Take the replies to a message, or the first of them."""
         at = message.ahead
-        if at and self._routes is not None and len(replies) >= at:
-            self._routes.heard(message.node, replies[:at])
+        if self._routes is not None and replies:
+            if self._routes.troubled:
+                self._routes.fine(message.node)
+            if at and len(replies) >= at:
+                self._routes.heard(message.node, replies[:at])
         for part in message.parts:
             at += part.asking
             count = self._commands[part.place].replies
@@ -293,10 +305,14 @@ class Talk(Generic[T]):
             at += part.asking + self._commands[part.place].replies
             if at > len(loss.replies):
                 self._lose(part.place, loss, message.node)
+        if self._routes is not None and loss.why is LATE and not loss.replies:
+            self._routes.failed(message.node, silent=True)
         self._doubt(message.node)
 
     def unsaid(self, message: Message, error: Exception) -> None:
         """Take note that there was no connection for a message: nothing was sent."""
+        if self._routes is not None and isinstance(error, Unreachable):
+            self._routes.failed(message.node, silent=False)
         for index, _, _ in message.parts:
             self._asking.pop(index, None)
             if isinstance(error, Refused):

@@ -352,7 +352,7 @@ class SyncTransport:
     def _usual(self, command: Command[Any]) -> tuple[Node | None, int]:
         """Return the node of a command and by which version it is that."""
         routes = self._routes
-        if routes is None or routes.stale or command.node is not None:
+        if routes is None or routes.stale or routes.troubled or command.node is not None:
             return None, 0
         view = routes.view
         if view is None or not view.settled:

@@ -1,7 +1,8 @@
 -- Set keys aside on the node that had them, and return what they hold: the same to every asker.
 --
--- EVALSHA sha n mover key aside [key aside ...]  token
+-- EVALSHA sha n mover given key aside [key aside ...]  token
 -- KEYS[1]  mover: string, who moves keys; see router_mover.lua
+-- KEYS[2]  given: set of names that are aside; no TTL: it is empty when the move ends
 -- key      of any type; what is there becomes `aside`, with its TTL, until it was taken
 -- token    '' or who asks as the mover
 -- Reply: {dump, pttl, ...} of each, false and -2 for none; {} when somebody else is the mover
@@ -11,12 +12,17 @@ if ARGV[1] ~= '' and call('GET', KEYS[1]) ~= ARGV[1] then
   return {}
 end
 local found = {}
-for i = 2, #KEYS, 2 do
+for i = 3, #KEYS, 2 do
   local key, aside = KEYS[i], KEYS[i + 1]
   if call('EXISTS', aside) == 0 and call('EXISTS', key) == 1 then
     call('RENAME', key, aside)
+    call('SADD', KEYS[2], key)
   end
-  found[i - 1] = call('DUMP', aside)
-  found[i] = call('PTTL', aside)
+  local dump = call('DUMP', aside)
+  if not dump then
+    call('SREM', KEYS[2], key)
+  end
+  found[i - 2] = dump
+  found[i - 1] = call('PTTL', aside)
 end
 return found

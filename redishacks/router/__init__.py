@@ -1,6 +1,17 @@
 """Keys over many Redis nodes: `Router`, `AsyncRouter`, and batches that settle."""
 
 from redishacks.router.client import AsyncRouter, Explanation, Router
+from redishacks.router.placement import Placement, SlotTable
 from redishacks.router.replies import BatchError, Reply
+from redishacks.router.reshard import Plan
 
-__all__ = ["AsyncRouter", "BatchError", "Explanation", "Reply", "Router"]
+__all__ = [
+    "AsyncRouter",
+    "BatchError",
+    "Explanation",
+    "Placement",
+    "Plan",
+    "Reply",
+    "Router",
+    "SlotTable",
+]

@@ -59,6 +59,11 @@ class Core:
         self.specs: KeySpecs | None = None
         self._forms: dict[str, Form] = {}
 
+    def learn(self) -> Steps[None]:
+        """See that it is known who has which keys."""
+        if self.routes.view is None:
+            yield from call(self.transport.learn, _LEARNING)
+
     def say(self, args: Sequence[Any], options: Mapping[str, Any]) -> Said:
         """Return a call as it is said and heard; raises `UsageError`."""
         return self.dialect.words(args), self.dialect.parse(args[0], options)
@@ -197,8 +202,7 @@ class Core:
         results.begin(count)
         left = calls
         try:
-            if self.routes.view is None:
-                yield from call(self.transport.learn, _LEARNING)
+            yield from self.learn()
             while left:
                 left = yield from self._round(left, results)
         except RedisHacksError as error:

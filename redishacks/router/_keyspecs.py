@@ -119,7 +119,8 @@ class KeySpecs:
             found = ()
         else:
             if found is None:
-                found = self._recall(rule, words)
+                # Redis 7.0 cannot be asked about a call of one word.
+                found = self._recall(rule, words) if len(words) > 1 else ()
                 return None if found is None else [words[at] for at in found]
         if not found and not rule.optional:
             raise _no_keys(rule)
@@ -158,8 +159,7 @@ class KeySpecs:
             return sorted(reply, key=lambda key: places[key])
         found = tuple(sorted(at for some in places.values() for at in some))
         shape = _shape(rule, words)
-        # A word that is always a key but is empty: MIGRATE has its keys elsewhere then.
-        if shape is not None and all(at in found or not words[at] for at in rule.sure):
+        if shape is not None and rule.sure.issubset(found):
             with self._lock:
                 self._learned.pop(shape, None)
                 self._learned[shape] = found
@@ -231,7 +231,7 @@ def _shape(rule: _Rule, words: Sequence[bytes]) -> _Shape | None:
     for at in range(1, many):
         word = words[at]
         if at in rule.sure:
-            shape.append(not word)
+            shape.append(None)
         elif b"\0" in word:  # a server's comparisons of strings end there
             if len(word) > _LONGEST_EXACT:
                 return None
@@ -281,7 +281,9 @@ def _rule(entry: Sequence[Any]) -> _Rule:
         # A module's command of fixed words is movable when code of the module finds its keys.
         asks = module and movable and all(spec.at_index and spec.by_range for spec in specs)
         find = _ask if asks else _by_specs(specs)
-        sure.update(spec.key for spec in specs if spec.key and not asks)
+        # An option that is sought backwards may be found in any word: MIGRATE … KEYS.
+        if not asks and not any(spec.backwards for spec in specs):
+            sure.update(spec.key for spec in specs if spec.key)
         optional = optional or all(spec.channels for spec in specs)
     return _Rule(
         name=_text(name).upper().replace("|", " "),
@@ -365,6 +367,8 @@ class _Spec(NamedTuple):
     channels: bool
     #: Its keys begin at a certain word, not after an option.
     at_index: bool
+    #: Its keys begin after an option that is sought from the end.
+    backwards: bool
     #: Its keys are counted from there or from the end; no word says how many.
     by_range: bool
     #: The word that is a key in every call; 0 if there is none.
@@ -398,6 +402,7 @@ class _Spec(NamedTuple):
             known=complete and begin is not _nowhere and find is not _unsure,
             channels="not_key" in flags,
             at_index=at_index,
+            backwards=kind == "keyword" and how["startfrom"] < 0,
             by_range=by_range,
             key=how["index"] if one else 0,
             begin=begin,

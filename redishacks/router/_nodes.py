@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import dataclasses
 import random
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from hiredis import ReplyError
 
+from redishacks._clock import clock
 from redishacks._command import Command, Steps, ask, ask_all
 from redishacks._slots import key_slot
 from redishacks._transport import PULL, WAIT, Address, Refused, Settings, View, Words
@@ -22,6 +24,7 @@ from redishacks.errors import (
     ServerError,
     TopologyMismatchError,
     UnavailableError,
+    UsageError,
 )
 from redishacks.router.commands import Layout, Stored
 from redishacks.router.placement import Placement, SlotTable
@@ -34,6 +37,10 @@ T = TypeVar("T")
 _FENCED, _OPEN = -2, -3
 #: Seconds between two readings of the topology, however many threads find it out of date.
 _PATIENCE = 0.1
+#: A node that was silent so often in a row is not asked for the first of these seconds, doubled
+#: with each failure up to the second; nor is one that cannot be reached.
+_SILENCES = 3
+_PAUSES = 0.25, 4.0
 
 
 def address(name: str) -> Address:
@@ -99,7 +106,9 @@ class Known:
         Two round trips and a half for keys that are there, one for those that are not any more.
         """
         layout, version = self._layout, self.version
-        old = _grouped(keys, self.topology.placement)
+        placement = self.topology.placement
+        moving = (key for key in keys if placement.node_for(key) != self.serving.node_for(key))
+        old = _grouped(moving, placement)
         given = yield from _all([layout.give(node, some) for node, some in old.items()])
         gifts = {gift.key: gift for some in given for gift in some or ()}
         new = _grouped(gifts, self.serving)
@@ -166,6 +175,9 @@ class Nodes:
             for kind in (_FENCED, _OPEN)
         }  # fmt: skip
         self._read_at = float("-inf")
+        #: Nodes that do not answer: how often in a row, until when they are not asked, and for how
+        #: long after the next failure.
+        self._trouble: dict[str, tuple[int, float, float]] = {}
         #: Who said that there is something newer.
         self._hint: str | None = None
         self._why = "no node was asked yet"
@@ -192,6 +204,24 @@ class Nodes:
         """Return how to reach a node."""
         return self._settings[address]
 
+    def every(self) -> dict[str, Address]:
+        """Return the nodes that have keys, by name."""
+        assert self.view is not None
+        return {name: address(name) for name in self.view.topology.nodes}
+
+    def counts(self) -> dict[str, int]:
+        """Return how many slots each has; nothing when it is not slots that decide."""
+        assert self.view is not None
+        serving = self.view.serving
+        return dict(Counter(serving.by_slot)) if isinstance(serving, SlotTable) else {}
+
+    def kept(self, words: Words) -> Command[Any] | None:
+        """Return what is said instead of FLUSHDB: the stamp stays. Raises for FLUSHALL."""
+        name = words[0].upper()
+        if name in (b"FLUSHALL", "FLUSHALL"):
+            raise UsageError("FLUSHALL would drop what the nodes know of the router: use FLUSHDB")
+        return self.layout.flush() if name in (b"FLUSHDB", "FLUSHDB") else None
+
     def where(self, keys: Sequence[bytes]) -> str:
         """Name the node for these keys; empty when it could be any."""
         view = self.view
@@ -199,6 +229,39 @@ class Nodes:
 
     def redirected(self, code: str, rest: str, asked: Address) -> None:
         """Nodes of a router do not redirect."""
+
+    @property
+    def troubled(self) -> bool:
+        """Whether any node did not answer lately."""
+        return bool(self._trouble)
+
+    def failed(self, node: Address, *, silent: bool) -> None:
+        """Take note that a node cannot be reached, or was `silent` for longer than it may."""
+        count, _, pause = self._trouble.get(node[0], (0, 0.0, _PAUSES[0]))
+        count += 1
+        if silent and count < _SILENCES:
+            self._trouble[node[0]] = count, 0.0, pause
+        else:
+            self._trouble[node[0]] = count, clock() + pause, min(2 * pause, _PAUSES[1])
+            # It may have been ejected: the others know.
+            self.stale = True
+
+    def fine(self, node: Address) -> None:
+        """Take note that a node has answered."""
+        self._trouble.pop(node[0], None)
+
+    def broken(self, node: Address) -> str | None:
+        """Return why a node is not asked for now; None for one that is, also to try it again."""
+        found = self._trouble.get(node[0])
+        if found is None or (found[0] < _SILENCES and not found[1]):
+            return None
+        count, until, pause = found
+        now = clock()
+        if now < until:
+            return "it did not answer a moment ago, and is not asked until it is tried again"
+        # This call tries it; others go on without it meanwhile.
+        self._trouble[node[0]] = count, now + pause, pause
+        return None
 
     def told(self, view: View) -> Sequence[Words]:
         """Return what a connection is told: the version, as its name. And what it is asked."""
@@ -250,6 +313,11 @@ class Nodes:
             newest = yield from self._mend(found, newest, missing)
         if newest is None:
             return
+        if self.view is None and 2 * len(found) < len(names):
+            raise UnavailableError(
+                f"{len(names) - len(found)} of {len(names)} nodes cannot be reached: those that "
+                f"are left might have been ejected. {self._why}"
+            )
         self.wanted.check(newest)
         if self.view is None or newest.version >= self.view.version:
             self.view = Known(newest, self.layout)

@@ -14,7 +14,7 @@ that is gone takes its keys with it until it is back; who needs failover takes a
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from time import monotonic
 from typing import Any, NamedTuple, TypeVar
@@ -39,13 +39,20 @@ from redishacks._units import Seconds, seconds
 from redishacks.errors import UsageError
 from redishacks.router._core import Core
 from redishacks.router._dialect import Dialect
+from redishacks.router._move import Move, Progress
 from redishacks.router._nodes import Nodes
+from redishacks.router.balance import Balance, measure
 from redishacks.router.batch import Batch
 from redishacks.router.commands import Layout
+from redishacks.router.fanout import AsyncFanout, Fanout
 from redishacks.router.placement import Placement, check_name, check_weights
+from redishacks.router.reshard import Plan, survey
 from redishacks.router.topology import Wanted
 
 T = TypeVar("T")
+
+#: Seconds for a survey of all nodes, and for one exchange of a move.
+_SURVEY, _MOVING = 600.0, 30.0
 
 #: What a node may be given as: a URL, a client of redis-py, or {"url": …, "weight": …}.
 Node = Any
@@ -99,6 +106,33 @@ class _Base:
 
     def _loaded(self) -> None:
         raise NotImplementedError
+
+    def _nodes(self) -> Nodes:
+        nodes = self._core.routes
+        if not isinstance(nodes, Nodes):
+            raise UsageError("a cluster moves its slots by itself")
+        return nodes
+
+    def _mover(
+        self,
+        plan: Plan | None,
+        rate: float | None,
+        drain: Seconds,
+        take_over: bool,
+        on_progress: Callable[[Progress], object] | None,
+    ) -> Steps[Progress]:
+        if rate is not None and not rate > 0:
+            raise UsageError(f"rate is a number of keys per second above 0, not {rate!r}")
+        if plan is not None and plan.refusals:
+            raise UsageError(f"the plan is refused: {plan.refusals[0]}")
+        move = Move(
+            self._nodes(),
+            drain=seconds(drain, "drain"),
+            rate=rate,
+            take_over=take_over,
+            on_progress=on_progress,
+        )
+        return move.run(plan.new, plan.version) if plan is not None else move.run(None)
 
 
 class Router(_Base, CoreCommands):
@@ -177,6 +211,51 @@ class Router(_Base, CoreCommands):
             raise
         self._drive(batch.send(raises=raises), wait)
 
+    def fanout(self, nodes: Sequence[str] | None = None, *, destroy: bool = False) -> Fanout:
+        """Return redis-py's commands for each of several nodes: see `redishacks.router.fanout`.
+
+        By default for all; `destroy` lets FLUSHDB and the like through.
+        """
+        return Fanout(self._core, self._transport, nodes, destroy=destroy, deadline=self._deadline)
+
+    def balance(self) -> Balance:
+        """Return how evenly keys, memory and work are spread: see `redishacks.router.balance`."""
+        return self._drive(measure(self._core), self._deadline)
+
+    def plan(self, nodes: Any) -> Plan:
+        """Return what a change of nodes or weights would move: see `redishacks.router.reshard`.
+
+        `nodes`: weights by name, or names; all were given to this router. Nothing is changed.
+        """
+        return self._drive(survey(self._nodes(), nodes), _SURVEY)
+
+    def reshard(
+        self,
+        plan: Plan | None,
+        *,
+        rate: float | None = None,
+        drain: Seconds = 0.5,
+        take_over: bool = False,
+        on_progress: Callable[[Progress], object] | None = None,
+    ) -> Progress:
+        """Move keys as a plan says, while clients go on; None ends what was begun and stopped.
+
+        `rate` is in keys per second. Connections have `drain` seconds to learn of each step, then
+        they are ended. Raises `UsageError` when somebody else moves keys, and for a plan that is
+        refused or out of date. Whatever stops it, even a kill: begin again, and it goes on.
+        """
+        mover = self._mover(plan, rate, drain, take_over, on_progress)
+        return drive(mover, self._transport, _MOVING)
+
+    def eject(self, name: str, *, take_over: bool = False) -> None:
+        """Take a node that is gone out for all clients: the others serve its slots, empty.
+
+        It comes back like a new one: after FLUSHDB there, by `plan` and `reshard`. A client that
+        reaches it, and none of the others, goes on with it until it reaches one of them.
+        """
+        move = Move(self._nodes(), take_over=take_over)
+        drive(move.eject(name), self._transport, _MOVING)
+
     def close(self) -> None:
         """Close idle connections; the next call opens new ones."""
         self._transport.close()
@@ -250,6 +329,45 @@ class AsyncRouter(_Base, AsyncCoreCommands):  # type: ignore[misc]
             batch.forget()
             raise
         await self._drive(batch.send(raises=raises), wait)
+
+    def fanout(self, nodes: Sequence[str] | None = None, *, destroy: bool = False) -> AsyncFanout:
+        """Return redis-py's commands for each of several nodes: see `redishacks.router.fanout`.
+
+        By default for all; `destroy` lets FLUSHDB and the like through.
+        """
+        return AsyncFanout(
+            self._core, self._transport, nodes, destroy=destroy, deadline=self._deadline
+        )
+
+    async def balance(self) -> Balance:
+        """Return how evenly keys, memory and work are spread: see `redishacks.router.balance`."""
+        return await self._drive(measure(self._core), self._deadline)
+
+    async def plan(self, nodes: Any) -> Plan:
+        """Return what a change of nodes or weights would move, as `Router.plan`."""
+        return await self._drive(survey(self._nodes(), nodes), _SURVEY)
+
+    async def reshard(
+        self,
+        plan: Plan | None,
+        *,
+        rate: float | None = None,
+        drain: Seconds = 0.5,
+        take_over: bool = False,
+        on_progress: Callable[[Progress], object] | None = None,
+    ) -> Progress:
+        """Move keys as a plan says, while clients go on, as `Router.reshard`."""
+        mover = self._mover(plan, rate, drain, take_over, on_progress)
+        return await drive_async(mover, self._transport, _MOVING)
+
+    async def eject(self, name: str, *, take_over: bool = False) -> None:
+        """Take a node that is gone out for all clients: the others serve its slots, empty.
+
+        It comes back like a new one: after FLUSHDB there, by `plan` and `reshard`. A client that
+        reaches it, and none of the others, goes on with it until it reaches one of them.
+        """
+        move = Move(self._nodes(), take_over=take_over)
+        await drive_async(move.eject(name), self._transport, _MOVING)
 
     async def aclose(self) -> None:
         """Close this loop's connections; the next call opens new ones."""
@@ -346,7 +464,9 @@ def _read(
     ):
         raise UsageError("all nodes must have the same protocol and decode_responses")
     if placement is not None:
-        _check_placement(placement, settings, weights)
+        _check_placement(placement, settings)
+        if weights:
+            raise UsageError("with a placement of your own, that is where weights are given")
     wanted = Wanted(tuple(sorted(settings)), weights, placement)
     return Nodes(settings, wanted, Layout(prefix)), dialects[0]
 
@@ -361,16 +481,8 @@ def _pairs(nodes: Any) -> list[tuple[Any, Node]]:
     raise UsageError('a router takes names and for each a node: {"a": "redis://…"}, or pairs')
 
 
-def _check_placement(
-    placement: Placement, settings: Mapping[str, Settings], weights: Mapping[str, Any]
-) -> None:
+def _check_placement(placement: Placement, settings: Mapping[str, Settings]) -> None:
     if isinstance(placement, type) or not hasattr(placement, "node_for"):
         raise UsageError("a placement is SlotTable.fresh({…}), or one of redishacks.router.legacy")
     if missing := sorted(set(placement.nodes) - settings.keys()):
         raise UsageError(f"the placement has node {missing[0]}, which is not given")
-    own = getattr(placement, "weights", {})
-    for name, weight in weights.items():
-        if own.get(name, weight) != weight:
-            raise UsageError(
-                f"node {name}: its weight is {weight:g}, and in the placement it is {own[name]:g}"
-            )

@@ -7,6 +7,8 @@ On every node:
     rh:r1:{router}:mover             string  token of who moves keys; TTL 10 s, renewed
     rh:r1:{router}:taken:<version>   set     names of keys that were taken in a move; no TTL: when
                                              the move has ended it is dropped
+    rh:r1:{router}:given             set     names of keys that are aside; no TTL: when the move has
+                                             ended it is empty
     rh:r1:{router}:aside:<key>       any     a key that is being moved away; TTL of the key
 """
 
@@ -44,6 +46,7 @@ class Layout:
         self._prefix = _keys.check_name(prefix, "prefix")
         self._node = self._key("node")
         self._mover = self._key("mover")
+        self._given = self._key("given")
         #: How the names begin of keys that are set aside.
         self.aside_prefix = self._key("aside") + b":"
 
@@ -59,6 +62,11 @@ class Layout:
     def pattern(self) -> str:
         """Matches the router's own keys in SCAN."""
         return _keys.literal(self._key("").decode()) + "*"
+
+    @property
+    def trial(self) -> bytes:
+        """A key to try with whether one node reads what another one writes out."""
+        return self._key("trial")
 
     def _taken(self, version: int) -> bytes:
         return self._key("taken", str(version))
@@ -85,12 +93,16 @@ class Layout:
         keys = self._node, self._mover
         return _whole(Command(args, keys, _stored, script("router_stamp"), True, node=address))
 
+    def flush(self) -> Command[Any]:
+        """Drop all keys of a node but those by which it knows what it is."""
+        return _whole(Command((), (self._node, self._mover), script=script("router_flush")))
+
     # Moving
 
     def claim(
         self, address: Address, token: str, ttl: float, *, force: bool
     ) -> Command[tuple[str, float] | None]:
-        """Become the mover on a node, for `ttl` seconds or until it is said again.
+        """Become the mover on a node, for `ttl` seconds or until it is said again; 0 to give it up.
 
         None, or who it is, and for how many seconds if that one does nothing.
         """
@@ -98,14 +110,21 @@ class Layout:
         keys = (self._mover,)
         return _whole(Command(args, keys, _claimed, script("router_mover"), True, node=address))
 
-    def resign(self, address: Address) -> Command[int]:
-        """Be the mover no more."""
-        return Command(("UNLINK", self._mover), (self._mover,), repeatable=True, node=address)
-
     def begin(self, address: Address, version: int) -> Command[int]:
-        """Let a node take keys in a move."""
+        """Let a node take keys in a move, or go on in one that had the version before."""
+        keys = self._taken(version), self._taken(version - 1)
+        return _whole(Command((), keys, int, script("router_begin"), True, node=address))
+
+    def begun(self, address: Address, version: int) -> Command[bool]:
+        """Return whether a node still knows what was taken."""
         key = self._taken(version)
-        return Command(("SADD", key, ""), (key,), repeatable=True, node=address)
+        return Command(("EXISTS", key), (key,), bool, repeatable=True, node=address)
+
+    def given(self, address: Address) -> Command[list[bytes]]:
+        """Return the names of what is aside on a node, and perhaps not taken."""
+        return Command(
+            ("SMEMBERS", self._given), (self._given,), list, repeatable=True, node=address
+        )
 
     def end(self, address: Address, version: int) -> Command[int]:
         """Let a node forget what was taken: nobody can take it again."""
@@ -128,7 +147,12 @@ class Layout:
             return [Gift(key, dump, pttl) for key, dump, pttl in three if dump is not None]
 
         command = Command[Any](
-            (token,), (self._mover, *pairs), parse, script("router_give"), True, node=address
+            (token,),
+            (self._mover, self._given, *pairs),
+            parse,
+            script("router_give"),
+            True,
+            node=address,
         )
         return _whole(command)
 
@@ -145,8 +169,8 @@ class Layout:
 
     def forget(self, address: Address, keys: Sequence[bytes]) -> Command[int]:
         """Drop what was set aside: it was taken."""
-        aside = tuple(map(self._aside, keys))
-        return Command(("UNLINK", *aside), aside, repeatable=True, node=address)
+        aside = self._given, *map(self._aside, keys)
+        return _whole(Command(tuple(keys), aside, int, script("router_forget"), True, node=address))
 
     def scan(
         self, address: Address, cursor: bytes, count: int

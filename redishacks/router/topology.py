@@ -13,12 +13,16 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from redishacks.errors import ServerError, TopologyMismatchError
+from redishacks.router.legacy import KINDS
 from redishacks.router.placement import Placement, SlotTable, Weights
 
 #: Nothing moves; what is to move waits; what is to move goes over when it is asked for.
 SETTLED, CLOSING, TRANSIT = "settled", "closing", "transit"
 
-_KINDS: Mapping[str, Callable[[Mapping[str, Any]], Placement]] = {"slots": SlotTable.read}
+_KINDS: Mapping[str, Callable[[Mapping[str, Any]], Placement]] = {
+    "slots": SlotTable.read,
+    **{kind: each.read for kind, each in KINDS.items()},
+}
 
 
 class Stamp(NamedTuple):
@@ -86,9 +90,9 @@ class Topology(NamedTuple):
             return cls(
                 int(told["version"]),
                 told["addresses"],
-                _placement(told["placement"]),
+                read_placement(told["placement"]),
                 told["state"],
-                _placement(target) if target is not None else None,
+                read_placement(target) if target is not None else None,
             )
         except (ValueError, KeyError, TypeError) as error:
             raise ServerError(
@@ -135,5 +139,6 @@ class Wanted(NamedTuple):
             )
 
 
-def _placement(described: Mapping[str, Any]) -> Placement:
+def read_placement(described: Mapping[str, Any]) -> Placement:
+    """Return the placement that was described."""
     return _KINDS[described["kind"]](described)

@@ -117,7 +117,8 @@ class SyncSeries(Lingering, Core[Transport, Coalescer]):
 
         That is some minutes later at the earliest, when all who write know of it, and where a
         bucket of the next coarser resolution begins. Nobody need be restarted. Raises `UsageError`
-        where it does not fit in with the others.
+        where it does not fit in with the others: nothing coarser than the coarsest can be added
+        where that expires in buckets of its own, as all but sums and gauges do.
         """
         return self._ask(add_resolution(self.layout, resolution, since))
 

@@ -255,6 +255,8 @@ class Core(ABC, Generic[T, C]):
                 f"series {_keys.id_shown(key)!r}: {at!r} is in the future; at most {SKEW} s are "
                 "accepted"
             )
+        if layout.rungs and when < min(rung.horizon(int(layout.now())) for rung in layout.rungs):
+            raise _too_old(key, at)
         return layout.label(str(layout.begins(when)), key, member), amounts
 
     # Reading

@@ -5,6 +5,7 @@ A hit's id there is "time:length:series member": hits of one bucket, series and 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -14,7 +15,7 @@ from redishacks._clock import clock
 from redishacks._command import Command
 from redishacks.errors import UnavailableError
 from redishacks.timeseries._kind import Amounts, Hit
-from redishacks.timeseries.commands import Applied, Layout
+from redishacks.timeseries.commands import SKEW, Applied, Layout
 
 
 class Uncounted(NamedTuple):
@@ -34,7 +35,7 @@ class Batcher(Layout):
     @property
     def refusal(self) -> str:
         """Why a hit is refused for good."""
-        return f"it is older than all that is kept, or {self.kind.limit}"
+        return f"it is older than all that is kept, or in the future, or {self.kind.limit}"
 
     #: What hits are noted with, and until when, by the clock of this machine.
     _stamp, _stamp_ends = "", 0.0
@@ -103,6 +104,10 @@ class Batcher(Layout):
     def add(self, p: int, items: Items, fence: tuple[str, int]) -> Command[int]:
         """Return the command that sends one part; it replies -n when the n-th hit is refused."""
         hits = [self._hit(*item) for item in items]
+        for number, hit in enumerate(hits):
+            if hit.time > self.now() + SKEW:
+                # Noted before the server's time was known. Nothing is sent but the question.
+                return self.time_of(hit.key)._replace(parse=functools.partial(_refused, number))
         folded = self.folded(hits)
         command = self.put(folded, fence=fence)
 
@@ -114,3 +119,7 @@ class Batcher(Layout):
             return applied.code if applied.code >= 0 else -1 - self.blamed(hits, folded, applied)
 
         return Command(command.args, command.keys, parse, command.script, command.repeatable)
+
+
+def _refused(number: int, reply: object) -> int:
+    return -1 - number

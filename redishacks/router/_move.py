@@ -1,0 +1,305 @@
+"""Moving keys between nodes while clients go on: the mover.
+
+    closing   commands for keys that are to move wait; connections that go by an older version are
+              ended, so that nobody can write to the old node any more, not even who was stopped
+    transit   the new node serves them, and whoever needs a key pulls it over first; so does the
+              mover with all of them, a scan of the old nodes after the other
+    settled   nobody pulls any more; once no connection goes by an older version, what was noted of
+              the move is dropped
+
+Each is a version that is stored on all nodes. A mover that was killed leaves one of them, and the
+next one goes on from there. There is one at a time: each of its words is good only as long as its
+token is on the node that hears it.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple, TypeVar
+
+from redishacks._clock import clock
+from redishacks._command import Command, Outcome, Sleep, Steps, ask_all
+from redishacks._transport import Address
+from redishacks.errors import UnavailableError, UsageError
+from redishacks.router._nodes import Nodes, address
+from redishacks.router.commands import Gift
+from redishacks.router.placement import Placement, SlotTable
+from redishacks.router.topology import CLOSING, SETTLED, TRANSIT, Topology
+
+T = TypeVar("T")
+
+#: Seconds that a mover is one without saying anything; and after which it says so again.
+_TTL, _RENEW = 10.0, 2.0
+#: Seconds between two looks at the connections that are still to go.
+_LOOK = 0.02
+#: Keys of one script.
+_BATCH = 500
+_SCAN = 1_000
+#: Scans of a node: one, and another for each client that was killed in the middle of a pull.
+_SCANS = 1_000
+
+
+class Progress(NamedTuple):
+    """How far a move has come."""
+
+    state: str
+    #: Keys that were seen on the nodes that lose some, and those of them that were moved.
+    seen: int
+    moved: int
+
+
+class Move:
+    """One mover's work, from its claim to its end."""
+
+    def __init__(
+        self,
+        nodes: Nodes,
+        *,
+        drain: float = 0.5,
+        rate: float | None = None,
+        take_over: bool = False,
+        on_progress: Callable[[Progress], object] | None = None,
+    ) -> None:
+        self._nodes = nodes
+        self._layout = nodes.layout
+        self._token = secrets.token_hex(8)
+        self._drain, self._rate = drain, rate
+        self._force = take_over
+        self._on_progress = on_progress
+        #: Who is spoken to.
+        self._names = nodes.names
+        self._said_at = 0.0
+        self._seen = self._moved = 0
+
+    def run(self, target: Placement | None, version: int | None = None) -> Steps[Progress]:
+        """Move all to a placement, or end what another mover began (None).
+
+        With a `version` nothing is begun unless that is what is stored.
+        """
+        yield from self._claim(force=self._force)
+        try:
+            yield from self._nodes.refresh()
+            topology = self._topology()
+            if topology.state == SETTLED:
+                if version not in (None, topology.version):
+                    raise UsageError(
+                        f"the plan is for version {version} of the topology, which is at "
+                        f"{topology.version} by now: make another plan"
+                    )
+                if target is None:
+                    raise UsageError("nothing is moving: there is nothing to go on with")
+                yield from self._publish(CLOSING, topology.placement, target)
+            elif target is not None and target.describe() != (topology.target or target).describe():
+                raise UsageError("another move is under way: end that one first")
+            yield from self._carry_on()
+        finally:
+            # As far as it goes: whoever comes next need not wait for the end of the TTL then.
+            yield from self._on_all(self._layout.claim, self._token, 0.0, force=False)
+        return Progress(SETTLED, self._seen, self._moved)
+
+    def eject(self, name: str) -> Steps[Topology]:
+        """Give the keys of a node that is gone to the others: they are not there, nor is the node.
+
+        All others must be there. Clients learn of it as of any change.
+        """
+        yield from self._nodes.refresh()
+        old = self._topology().placement
+        if self._topology().state != SETTLED:
+            raise UsageError("keys are moving: that must come to its end before a node is ejected")
+        if name not in old.nodes:
+            raise UsageError(f"there is no node {name}; there are {', '.join(old.nodes)}")
+        if not isinstance(old, SlotTable):
+            raise UsageError(
+                f"a node of a {old.kind} placement cannot be ejected: reshard to slots"
+            )
+        if len(old.nodes) == 1:
+            raise UsageError(f"{name} is the only node")
+        self._names = [other for other in self._nodes.names if other != name]
+        new = old.changed({other: old.weights[other] for other in old.nodes if other != name})
+        yield from self._claim(force=self._force)
+        try:
+            yield from self._publish(SETTLED, new, None)
+            yield from self._fence()
+        finally:
+            yield from self._on_all(self._layout.claim, self._token, 0.0, force=False)
+        return self._topology()
+
+    def _carry_on(self) -> Steps[None]:
+        topology = self._topology()
+        assert topology.target is not None
+        old, new = topology.placement, topology.target
+        if topology.state == CLOSING:
+            self._tell(CLOSING)
+            yield from self._fence()
+            yield from self._publish(TRANSIT, old, new)
+            yield from self._each(self._layout.begin, self._topology().version, among=new.nodes)
+        else:
+            yield from self._resume(old, new)
+        self._tell(TRANSIT)
+        yield from self._sweep(old, new)
+        transit = self._topology().version
+        yield from self._publish(SETTLED, new, None, tell=dict.fromkeys((*old.nodes, *new.nodes)))
+        yield from self._fence()
+        yield from self._each(self._layout.end, transit, among=new.nodes)
+
+    def _resume(self, old: Placement, new: Placement) -> Steps[None]:
+        """Go on in transit: a node that was restarted empty has lost what it had taken."""
+        version = self._topology().version
+        begun = yield from self._each(self._layout.begun, version, among=new.nodes)
+        if all(begun):
+            return
+        # Who was stopped in the middle of a pull must not be able to end it after that.
+        yield from self._publish(TRANSIT, old, new)
+        yield from self._fence()
+        yield from self._each(self._layout.begin, self._topology().version, among=new.nodes)
+
+    # The sweep
+
+    def _sweep(self, old: Placement, new: Placement) -> Steps[None]:
+        """Move every key over, until a scan of all nodes was whole and nothing is aside."""
+        for name in old.nodes:
+            for _ in range(_SCANS):
+                yield from self._scan(name, old, new)
+                (aside,) = yield from self._each(self._layout.given, among=[name])
+                if not aside:
+                    break
+                # Somebody was in the middle of it, or was killed there.
+                yield from self._carry(name, aside, new)
+            else:
+                raise UnavailableError(f"node {name}: keys are set aside all the time")
+
+    def _scan(self, name: str, old: Placement, new: Placement) -> Steps[None]:
+        cursor = b"0"
+        began = clock()
+        moved = self._moved
+        while True:
+            (found,) = yield from self._say([self._layout.scan(address(name), cursor, _SCAN)])
+            cursor, keys = found
+            self._seen += len(keys)
+            moving = [
+                key for key in keys if old.node_for(key) == name and new.node_for(key) != name
+            ]
+            for start in range(0, len(moving), _BATCH):
+                yield from self._carry(name, moving[start : start + _BATCH], new)
+            self._tell(TRANSIT)
+            yield from self._renew()
+            if self._rate:
+                ahead = (self._moved - moved) / self._rate - (clock() - began)
+                if ahead > 0:
+                    yield Sleep(min(ahead, _RENEW))
+            if cursor == b"0":
+                return
+
+    def _carry(self, name: str, keys: Sequence[bytes], new: Placement) -> Steps[None]:
+        """Move some keys of a node: give, take, forget."""
+        layout, version = self._layout, self._topology().version
+        (gifts,) = yield from self._say([layout.give(address(name), keys, self._token)])
+        if gifts is None:
+            raise self._overtaken()
+        groups: dict[Address, list[Gift]] = {}
+        for gift in gifts:
+            groups.setdefault(address(new.node_for(gift.key)), []).append(gift)
+        taken = yield from self._say(
+            [layout.take(node, some, version, self._token) for node, some in groups.items()]
+        )
+        if not all(taken):
+            yield from self._renew(now=True)  # raises, if that is why
+            raise UnavailableError(
+                "a node has lost what it knew of the move, perhaps it was restarted empty: go on "
+                "with the move once more"
+            )
+        if gifts:
+            yield from self._say([layout.forget(address(name), [gift.key for gift in gifts])])
+        self._moved += len(gifts)
+
+    # What all movers need
+
+    def _claim(self, *, force: bool) -> Steps[None]:
+        """Become the mover; the first node, by name, decides."""
+        for name in sorted(self._names):
+            found = yield from ask_all(
+                [self._layout.claim(self._nodes.open(name), self._token, _TTL, force=force)]
+            )
+            other = found[0].result()
+            if other is not None:
+                raise UsageError(
+                    f"somebody else is moving keys ({other[0]} on node {name}); if that one is "
+                    f"gone, it is over in {other[1]:.0f} s"
+                )
+            force = True
+        self._said_at = clock()
+
+    def _renew(self, *, now: bool = False) -> Steps[None]:
+        if now or clock() - self._said_at > _RENEW:
+            others = yield from self._on_all(self._layout.claim, self._token, _TTL, force=False)
+            if any(outcome.value is not None for outcome in others):
+                raise self._overtaken()
+            self._said_at = clock()
+
+    def _publish(
+        self,
+        state: str,
+        placement: Placement,
+        target: Placement | None,
+        tell: Iterable[str] = (),
+    ) -> Steps[None]:
+        """Store the next version on all nodes."""
+        before = self._topology()
+        topology = Topology(before.version + 1, before.addresses, placement, state, target)
+        for name in sorted(set(tell) | set(topology.nodes)):
+            (outcome,) = yield from ask_all(
+                [self._layout.tell(self._nodes.open(name), topology, self._token)]
+            )
+            stored = outcome.result()
+            if stored is None or stored[0] != topology.stamp(name):
+                raise self._overtaken()
+        self._nodes.adopt(topology)
+
+    def _fence(self) -> Steps[None]:
+        """Return when no connection to any node goes by an older version."""
+        version = self._topology().version
+        names = self._names
+        end = clock() + self._drain
+        while True:
+            lists = yield from self._each(self._layout.clients, among=names)
+            old = [
+                (name, client)
+                for name, clients in zip(names, lists, strict=True)
+                for client in clients
+                if client.version < version
+            ]
+            if not old:
+                return
+            if clock() >= end:
+                yield from ask_all(
+                    [self._layout.kill(self._nodes.open(name), client) for name, client in old]
+                )
+            yield from self._renew()
+            yield Sleep(_LOOK)
+
+    def _topology(self) -> Topology:
+        view = self._nodes.view
+        assert view is not None
+        return view.topology
+
+    def _overtaken(self) -> UsageError:
+        return UsageError("somebody else moves keys by now: this one has stopped")
+
+    def _tell(self, state: str) -> None:
+        if self._on_progress is not None:
+            self._on_progress(Progress(state, self._seen, self._moved))
+
+    def _each(self, make: Any, *args: Any, among: Iterable[str]) -> Steps[list[Any]]:
+        """Say something to some nodes, over connections that no fence ends."""
+        commands = [make(self._nodes.open(name), *args) for name in among]
+        outcomes = yield from ask_all(commands)
+        return [outcome.result() for outcome in outcomes]
+
+    def _on_all(self, make: Any, *args: Any, **more: Any) -> Steps[list[Outcome[Any]]]:
+        commands = [make(self._nodes.open(name), *args, **more) for name in self._names]
+        return (yield from ask_all(commands))
+
+    def _say(self, commands: Sequence[Command[T]]) -> Steps[list[T]]:
+        outcomes = (yield from ask_all(commands)) if commands else []
+        return [outcome.result() for outcome in outcomes]
