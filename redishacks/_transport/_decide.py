@@ -370,6 +370,8 @@ class Talk(Generic[T]):
             node = self._home
         elif view is not None:
             node = view.route(command.keys, down)
+            if not command.keys and self._routes.troubled:
+                node = self._routes.instead(node)
         else:
             down, why = node, _ = self._home, "no node tells who has which keys"
         if node == down:
