@@ -39,6 +39,7 @@ from redishacks._transport._async import AsyncTransport
 from redishacks._transport._listener import AsyncListener, Listener
 from redishacks._transport._loss import Overtaken, Refused
 from redishacks._transport._observe import AsyncObserved, Hook, Observed
+from redishacks._transport._own import AsyncConversation, Conversation
 from redishacks._transport._registry import Either, registry
 from redishacks._transport._routes import PULL, WAIT, Routes, View
 from redishacks._transport._settings import Settings
@@ -50,9 +51,11 @@ __all__ = [
     "PULL",
     "WAIT",
     "Address",
+    "AsyncConversation",
     "AsyncListener",
     "AsyncObserved",
     "AsyncTransport",
+    "Conversation",
     "Form",
     "Hook",
     "Listener",

@@ -138,6 +138,10 @@ class SlotMap:
     def kept(self, words: Words) -> None:
         """Nothing would make a node forget itself."""
 
+    def visible(self, keys: list[bytes]) -> list[bytes]:
+        """Return all of them."""
+        return keys
+
     def settings(self, address: Address, usual: Settings) -> Settings:
         """Return how to reach a node: as any other one."""
         return usual if address == usual.address else usual.at(address)

@@ -84,6 +84,9 @@ class Routes(Protocol):
     def kept(self, words: Words) -> Command[Any] | None:
         """Return what must be said instead of something that would make a node forget itself."""
 
+    def visible(self, keys: list[bytes]) -> list[bytes]:
+        """Return keys of a node as its users know them: without those that are not theirs."""
+
     def settings(self, address: Address, usual: Settings) -> Settings:
         """Return how to reach a node."""
 

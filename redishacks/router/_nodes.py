@@ -222,6 +222,10 @@ class Nodes:
             raise UsageError("FLUSHALL would drop what the nodes know of the router: use FLUSHDB")
         return self.layout.flush() if name in (b"FLUSHDB", "FLUSHDB") else None
 
+    def visible(self, keys: list[bytes]) -> list[bytes]:
+        """Return keys of a node as its users know them: without those that are the router's own."""
+        return self.layout.visible(keys)
+
     def where(self, keys: Sequence[bytes]) -> str:
         """Name the node for these keys; empty when it could be any."""
         view = self.view

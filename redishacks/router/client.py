@@ -26,7 +26,10 @@ from redishacks._command import Command, Outcome, Steps
 from redishacks._drive import drive, drive_async
 from redishacks._slots import hash_tag, key_slot
 from redishacks._transport import (
+    AsyncConversation,
     AsyncTransport,
+    Conversation,
+    Overtaken,
     Settings,
     SyncTransport,
     connect,
@@ -37,7 +40,8 @@ from redishacks._transport import (
 )
 from redishacks._units import Seconds, seconds
 from redishacks.errors import UsageError
-from redishacks.router._core import Core
+from redishacks.router._blocking import Wait, pinned, waits
+from redishacks.router._core import Core, Said
 from redishacks.router._dialect import Dialect
 from redishacks.router._move import Move, Progress
 from redishacks.router._nodes import Nodes
@@ -47,7 +51,10 @@ from redishacks.router.commands import Layout
 from redishacks.router.fanout import AsyncFanout, Fanout
 from redishacks.router.placement import Placement, check_name, check_weights
 from redishacks.router.reshard import Plan, survey
+from redishacks.router.scan import Scan
+from redishacks.router.scripts import RouterScript
 from redishacks.router.topology import Wanted
+from redishacks.router.transaction import AsyncTransaction, Transaction, value_of, watch
 
 T = TypeVar("T")
 
@@ -192,7 +199,41 @@ class Router(_Base, CoreCommands):
         command = core.quick(args, options)
         if command is not None:
             return self._transport.call(command, self._deadline)
-        return self._drive(core.run(core.say(args, options)), self._deadline)
+        said = core.say(args, options)
+        if waits(said[0]):
+            return self._wait(said)
+        return self._drive(core.run(said), self._deadline)
+
+    def _wait(self, said: Said) -> Any:
+        words, parse = said
+        command = self._drive(self._core.command(said), self._deadline)
+        wait = Wait(self._drive(pinned(words, command.keys), self._deadline))
+        end = None if wait.patience is None else monotonic() + wait.patience
+        while True:
+            talk = self._transport.converse(command.keys, self._deadline)
+            try:
+                said_now, seconds = wait.slice(None if end is None else end - monotonic())
+                (reply,) = talk.ask([said_now], seconds + self._deadline)
+            except Overtaken:
+                continue
+            finally:
+                talk.close()
+            if reply is not None or (end is not None and monotonic() >= end):
+                return value_of(reply, parse)
+
+    def scan_iter(
+        self, match: Any = None, count: int | None = None, _type: str | None = None, **more: Any
+    ) -> Iterator[Any]:
+        """Return all keys of all nodes, some at a time: see `redishacks.router.scan`."""
+        scan = Scan(self._core, match, count, _type)
+        while (keys := self._drive(scan.page(), self._deadline)) is not None:
+            yield from keys
+
+    def register_script(self, script: str | bytes) -> RouterScript:  # type: ignore[override]
+        """Return a script to be called with keys: see `redishacks.router.scripts`."""
+        return RouterScript(
+            self._core, script, lambda command: self._transport.call(command, self._deadline)
+        )
 
     @contextmanager
     def map(self, *, deadline: Seconds | None = None, on_error: str = "raise") -> Iterator[Batch]:
@@ -256,6 +297,50 @@ class Router(_Base, CoreCommands):
         move = Move(self._nodes(), take_over=take_over)
         drive(move.eject(name), self._transport, _MOVING)
 
+    @contextmanager
+    def transaction(self, *keys: Any) -> Iterator[Transaction]:
+        """Say commands as one MULTI and EXEC when the block is left; `keys` are watched.
+
+        See `redishacks.router.transaction`. All keys are on one node. Raises `WatchError` when a
+        watched key was changed, and `BatchError` when commands failed after others were done.
+        """
+        core = self._core
+        if not keys:
+            queue = Transaction(core, None, self._deadline)
+            yield queue
+            if len(queue):
+                command = self._drive(queue.as_command(), self._deadline)
+                self._transport.call(command, self._deadline)
+                queue.check()
+            return
+        raws = [core.dialect.encode(key) for key in keys]
+        talk = self._watch(raws)
+        done = False
+        try:
+            queue = Transaction(core, talk, self._deadline)
+            yield queue
+            if len(queue):
+                command = self._drive(queue.as_command(), self._deadline)
+                core.together((*raws, *command.keys))
+                replies = talk.ask(queue.words(), self._deadline)
+                done = True
+                queue.hear(replies)
+                queue.check()
+        finally:
+            talk.close(keep=done)  # else it would go on watching
+
+    def _watch(self, keys: Sequence[bytes]) -> Conversation:
+        end = monotonic() + self._deadline
+        while True:
+            talk = self._transport.converse(keys, end - monotonic())
+            try:
+                value_of((talk.ask(watch(keys), self._deadline))[0], bool)
+                return talk
+            except BaseException as error:
+                talk.close(keep=False)
+                if not isinstance(error, Overtaken) or monotonic() >= end:
+                    raise
+
     def close(self) -> None:
         """Close idle connections; the next call opens new ones."""
         self._transport.close()
@@ -313,7 +398,42 @@ class AsyncRouter(_Base, AsyncCoreCommands):  # type: ignore[misc]
         command = core.quick(args, options)
         if command is not None:
             return await self._transport.call(command, self._deadline)
-        return await self._drive(core.run(core.say(args, options)), self._deadline)
+        said = core.say(args, options)
+        if waits(said[0]):
+            return await self._wait(said)
+        return await self._drive(core.run(said), self._deadline)
+
+    async def _wait(self, said: Said) -> Any:
+        words, parse = said
+        command = await self._drive(self._core.command(said), self._deadline)
+        wait = Wait(await self._drive(pinned(words, command.keys), self._deadline))
+        end = None if wait.patience is None else monotonic() + wait.patience
+        while True:
+            talk = await self._transport.converse(command.keys, self._deadline)
+            try:
+                said_now, seconds = wait.slice(None if end is None else end - monotonic())
+                (reply,) = await talk.ask([said_now], seconds + self._deadline)
+            except Overtaken:
+                continue
+            finally:
+                talk.close()
+            if reply is not None or (end is not None and monotonic() >= end):
+                return value_of(reply, parse)
+
+    async def scan_iter(
+        self, match: Any = None, count: int | None = None, _type: str | None = None, **more: Any
+    ) -> AsyncIterator[Any]:
+        """Return all keys of all nodes, some at a time: see `redishacks.router.scan`."""
+        scan = Scan(self._core, match, count, _type)
+        while (keys := await self._drive(scan.page(), self._deadline)) is not None:
+            for key in keys:
+                yield key
+
+    def register_script(self, script: str | bytes) -> RouterScript:  # type: ignore[override]
+        """Return a script to be called with keys: see `redishacks.router.scripts`."""
+        return RouterScript(
+            self._core, script, lambda command: self._transport.call(command, self._deadline)
+        )
 
     @asynccontextmanager
     async def map(
@@ -368,6 +488,50 @@ class AsyncRouter(_Base, AsyncCoreCommands):  # type: ignore[misc]
         """
         move = Move(self._nodes(), take_over=take_over)
         await drive_async(move.eject(name), self._transport, _MOVING)
+
+    @asynccontextmanager
+    async def transaction(self, *keys: Any) -> AsyncIterator[AsyncTransaction]:
+        """Say commands as one MULTI and EXEC when the block is left; `keys` are watched.
+
+        See `redishacks.router.transaction`. All keys are on one node. Raises `WatchError` when a
+        watched key was changed, and `BatchError` when commands failed after others were done.
+        """
+        core = self._core
+        if not keys:
+            queue = AsyncTransaction(core, None, self._deadline)
+            yield queue
+            if len(queue):
+                command = await self._drive(queue.as_command(), self._deadline)
+                await self._transport.call(command, self._deadline)
+                queue.check()
+            return
+        raws = [core.dialect.encode(key) for key in keys]
+        talk = await self._watch(raws)
+        done = False
+        try:
+            queue = AsyncTransaction(core, talk, self._deadline)
+            yield queue
+            if len(queue):
+                command = await self._drive(queue.as_command(), self._deadline)
+                core.together((*raws, *command.keys))
+                replies = await talk.ask(queue.words(), self._deadline)
+                done = True
+                queue.hear(replies)
+                queue.check()
+        finally:
+            talk.close(keep=done)  # else it would go on watching
+
+    async def _watch(self, keys: Sequence[bytes]) -> AsyncConversation:
+        end = monotonic() + self._deadline
+        while True:
+            talk = await self._transport.converse(keys, end - monotonic())
+            try:
+                value_of((await talk.ask(watch(keys), self._deadline))[0], bool)
+                return talk
+            except BaseException as error:
+                talk.close(keep=False)
+                if not isinstance(error, Overtaken) or monotonic() >= end:
+                    raise
 
     async def aclose(self) -> None:
         """Close this loop's connections; the next call opens new ones."""
