@@ -109,6 +109,10 @@ class SlotMap:
     def broken(self, node: Address) -> None:
         """Every node is asked."""
 
+    def instead(self, node: Address) -> Address:
+        """Return the same one."""
+        return node
+
     def moving(self, keys: Sequence[bytes]) -> None:
         """Nothing is to be done before a command."""
 

@@ -74,8 +74,9 @@ class Guest(Protocol):
 class Node:
     """One server and the connections to it."""
 
-    def __init__(self, settings: Settings) -> None:
-        self.address = settings.address
+    def __init__(self, settings: Settings, address: Address | None = None) -> None:
+        #: As routes know it, which may be by a name.
+        self.address = address or settings.address
         self._settings = settings
         self._idle: deque[Channel] = deque()
         #: All that are open, those in use too: a forked child must close them. Weak, for one in
@@ -387,7 +388,7 @@ class SyncTransport:
             settings = self._settings
             if self._routes is not None:
                 settings = self._routes.settings(address, settings)
-            node = self._nodes.setdefault(address, Node(settings))
+            node = self._nodes.setdefault(address, Node(settings, address))
             self._known.add(node)
         return node
 

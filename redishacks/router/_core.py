@@ -105,6 +105,8 @@ class Core:
         """Say a call, whatever it takes; returns its value or raises its error."""
         words, parse = said
         kind = _SPLIT.get(words[0].upper())
+        if words == (b"MGET",):
+            return []  # so does redis-py
         if kind is not None and len(words) > 1:
             return (yield from self._split(kind, words, parse))
         return (yield from ask((yield from self.command(said))))

@@ -599,7 +599,7 @@ def _read(
     *,
     asynchronous: bool,
 ) -> tuple[Nodes, Dialect]:
-    pairs = list(nodes.items() if isinstance(nodes, Mapping) else nodes)
+    pairs = _pairs(nodes)
     settings: dict[str, Settings] = {}
     weights: dict[str, Any] = {}
     dialects: list[Dialect] = []
@@ -609,7 +609,8 @@ def _read(
         client = given
         if isinstance(given, Mapping):
             if unknown := given.keys() - {"url", "weight"}:
-                raise UsageError(f"node {name}: url and weight, not {', '.join(sorted(unknown))}")
+                shown = ", ".join(sorted(map(str, unknown)))
+                raise UsageError(f"node {name}: url and weight, not {shown}")
             if "url" not in given:
                 raise UsageError(f"node {name}: its url is missing")
             client = given["url"]
@@ -631,7 +632,26 @@ def _read(
         or len({each.protocol for each in settings.values()}) > 1
     ):
         raise UsageError("all nodes must have the same protocol and decode_responses")
-    if placement is not None and weights:
-        raise UsageError("with a placement of your own, that is where weights are given")
+    if placement is not None:
+        _check_placement(placement, settings)
+        if weights:
+            raise UsageError("with a placement of your own, that is where weights are given")
     wanted = Wanted(tuple(sorted(settings)), weights, placement)
     return Nodes(settings, wanted, Layout(prefix)), dialects[0]
+
+
+def _pairs(nodes: Any) -> list[tuple[Any, Node]]:
+    if isinstance(nodes, Mapping):
+        return list(nodes.items())
+    if not isinstance(nodes, str | bytes) and isinstance(nodes, Iterable):
+        pairs = list(nodes)
+        if all(isinstance(pair, tuple | list) and len(pair) == 2 for pair in pairs):
+            return [(name, given) for name, given in pairs]
+    raise UsageError('a router takes names and for each a node: {"a": "redis://…"}, or pairs')
+
+
+def _check_placement(placement: Placement, settings: Mapping[str, Settings]) -> None:
+    if isinstance(placement, type) or not hasattr(placement, "node_for"):
+        raise UsageError("a placement is SlotTable.fresh({…}), or one of redishacks.router.legacy")
+    if missing := sorted(set(placement.nodes) - settings.keys()):
+        raise UsageError(f"the placement has node {missing[0]}, which is not given")
