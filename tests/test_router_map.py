@@ -521,9 +521,7 @@ def test_nothing_but_gets(colour: Routers, behind: Behind, prefix: str, fault: F
     fault.begin(behind.proxies["c"])
     began = time.monotonic()
     with router.map(on_error="return") as m:
-        replies = {
-            name: [m.get(f"{{{key}}}given") for key in some] for name, some in keys.items()
-        }
+        replies = {name: [m.get(f"{{{key}}}given") for key in some] for name, some in keys.items()}
     assert time.monotonic() - began < DEADLINE + LENIENCE
     for name, some in replies.items():
         expected = UnavailableError if name == "c" else b"given"
@@ -634,9 +632,7 @@ def test_a_task_is_cancelled(behind: Behind, prefix: str) -> None:
 
 
 @pytest.mark.parametrize("fault", FAULTS[:3], ids=lambda fault: fault.name)
-def test_a_part_of_a_call_fails(
-    colour: Routers, behind: Behind, prefix: str, fault: Fault
-) -> None:
+def test_a_part_of_a_call_fails(colour: Routers, behind: Behind, prefix: str, fault: Fault) -> None:
     """What writes tells which keys are not surely done; what reads has no value at all."""
     keys, router = ready(colour, behind, prefix)
     every = [key for some in keys.values() for key in some]

@@ -25,7 +25,7 @@ from redishacks.router.replies import Results
 #: Calls that are split over nodes: kind, and whether they write.
 _SPLIT = {b"MGET": MGET, b"MSET": SET, **{kind.encode(): kind for kind in SUMS}}
 #: What any node may be asked.
-_ANYWHERE = {b"PING", b"ECHO", b"TIME", b"COMMAND"}
+_ANYWHERE = {b"PING", b"ECHO", b"TIME", b"COMMAND", b"EVAL", b"EVAL_RO"}
 _COMMAND: Command[KeySpecs] = Command(("COMMAND",), parse=KeySpecs, repeatable=True, bulk=True)
 
 #: Seconds for learning who has which keys.
