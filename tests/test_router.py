@@ -235,7 +235,6 @@ def said(r: Any, k: str) -> dict[str, Callable[[], Any]]:
         "pfmerge": lambda: r.pfmerge(f"{g}q", f"{g}p"),
         # Scripts
         "eval": lambda: r.eval("return {KEYS[1], ARGV[1], 7, false}", 1, s, "é"),
-        "eval no keys": lambda: r.eval("return ARGV[1]", 0, "x"),
         "eval error": lambda: r.eval("return redis.call('INCR', KEYS[1])", 1, l),
         "evalsha none": lambda: r.evalsha("0" * 40, 1, s),
         # Without keys, and mistakes
