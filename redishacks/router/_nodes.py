@@ -267,6 +267,10 @@ class Nodes:
         self._trouble[node[0]] = count, now + pause, pause
         return None
 
+    def silent(self, node: Address) -> bool:
+        """Whether a node did not answer when it was asked last."""
+        return node[0] in self._trouble
+
     def instead(self, node: Address) -> Address:
         """Return a node that has answered, for what any node may be asked; this one if it can."""
         well = [each for name, each in self.every().items() if name not in self._trouble]
