@@ -273,6 +273,15 @@ class Nodes:
         self._trouble[node[0]] = count, now + pause, pause
         return None
 
+    def silent(self, node: Address) -> bool:
+        """Whether a node did not answer when it was asked last."""
+        return node[0] in self._trouble
+
+    def instead(self, node: Address) -> Address:
+        """Return a node that has answered, for what any node may be asked; this one if it can."""
+        well = [each for name, each in self.every().items() if name not in self._trouble]
+        return node if node in well or not well else random.choice(well)
+
     def told(self, view: View) -> Sequence[Words]:
         """Return what a connection is told: the version, as its name. And what it is asked."""
         return (b"CLIENT", b"SETNAME", b"rh-%d" % view.version), self.layout.stamp

@@ -62,7 +62,10 @@ class Batch(CoreCommands):
         """Record a GET; raises `UsageError` for what cannot be encoded."""
         kind = type(name)
         if kind is not bytes:
-            name = name.encode() if kind is str else self._core.dialect.encode(name)
+            try:
+                name = name.encode() if kind is str else self._core.dialect.encode(name)
+            except UnicodeEncodeError:
+                name = self._core.dialect.encode(name)  # which says so
         if self._results.settled:
             return self.execute_command("GET", name)
         said = self._said
