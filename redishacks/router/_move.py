@@ -290,7 +290,7 @@ class Move:
                 (name, client)
                 for name, clients in zip(names, lists, strict=True)
                 for client in clients
-                if client.version < version
+                if client.version < version and client.db == self._nodes.db(name)
             ]
             if not old:
                 return

@@ -352,6 +352,10 @@ class Nodes:
         """Return a node's address over connections that are not fenced."""
         return name, _OPEN
 
+    def db(self, name: str) -> int:
+        """Return the number of a node's database: others are other routers'."""
+        return self._settings[name, _OPEN].db
+
     @property
     def names(self) -> list[str]:
         """Every node that was given."""

@@ -213,6 +213,7 @@ class Client(NamedTuple):
     id: int
     version: int
     blocked: bool
+    db: int
 
 
 def _whole(command: Command[Any]) -> Command[Any]:
@@ -233,7 +234,7 @@ def _clients(reply: bytes) -> list[Client]:
         version = fields.get("name", "").removeprefix("rh-")
         if version.isdigit() and fields["name"] != version:
             blocked = "b" in fields.get("flags", "")
-            found.append(Client(int(fields["id"]), int(version), blocked))
+            found.append(Client(int(fields["id"]), int(version), blocked, int(fields["db"])))
     return found
 
 
