@@ -15,13 +15,12 @@ from typing import Any
 import pytest
 import redis
 
-from redishacks.errors import TopologyMismatchError, UnavailableError, UsageError
+from redishacks.errors import MaybeAppliedError, UnavailableError, UsageError
 from redishacks.router import Router
 from redishacks.router._move import Progress
-from redishacks.router.commands import Gift, Layout
-from redishacks.router.legacy import KINDS
+from redishacks.router.commands import Layout
 from redishacks.router.reshard import Plan
-from redishacks.testing import Server, redis_server, valkey_server
+from redishacks.testing import Server, valkey_server
 from tests import router_workers, workers
 from tests.helpers import eventually
 from tests.router_workers import CALLING, LASTING, PULLING, Ledger
@@ -425,15 +424,15 @@ def test_a_mover_that_is_killed_leaves_nothing_undone(
 # What a move is made of
 
 
-def transit(router: Router, **options: Any) -> Any:
-    """Begin a move to four nodes and stop it where keys begin to move."""
+def transit(router: Router, nodes: Iterable[str] = FOUR) -> None:
+    """Begin a move and stop it where keys begin to move."""
 
     def on_progress(progress: Progress) -> None:
         if progress.state == "transit":
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        shift(router, FOUR, on_progress=on_progress, **options)
+        shift(router, nodes, on_progress=on_progress)
 
 
 def pulls(router: Router) -> tuple[Layout, Callable[[str, Any], Any], int]:
@@ -499,11 +498,11 @@ def test_a_key_whose_name_is_empty_moves(place: Place) -> None:
 
 
 def test_a_batch_of_many_thousand_keys_that_move(place: Place) -> None:
-    """A batch pulls as many keys as it has, in the middle of a move."""
-    router = begin(place)
-    some = {name: "value" for name in itertools.islice(moving(router), 9000)}
+    """A batch pulls as many keys as it has from a node, in the middle of a move."""
+    router = begin(place, ["a"])
+    some = dict.fromkeys(itertools.islice(moving(router, ("a", "b")), 8500), "value")
     router.mset(some)
-    transit(router)
+    transit(router, ("a", "b"))
     with router.map(on_error="return") as m:
         found = [m.append(name, "s") for name in some]
     assert {reply.value for reply in found} == {6}
@@ -511,34 +510,35 @@ def test_a_batch_of_many_thousand_keys_that_move(place: Place) -> None:
     settled(place)
 
 
-def test_routers_that_share_servers_do_not_disturb_each_other(place: Place) -> None:
+def test_routers_of_other_databases_do_not_disturb_each_other(place: Place) -> None:
     """A move waits for the connections of its own router, not for those of another one's."""
     router = begin(place)
-    other = place.router(prefix="other")
+    other = Router({name: f"{url[:-1]}1" for name, url in place.urls.items()}, deadline=20)
     other.connect()
-    done = threading.Event()
+    perhaps = []
+    over = threading.Event()
 
     def use() -> None:
-        while not done.is_set():
-            other.set("k", "value")
-
-    thread = threading.Thread(target=use)
-    thread.start()
-    ended = threading.Event()
+        while not over.is_set():
+            try:
+                other.set("k", "value")
+            except MaybeAppliedError as error:
+                perhaps.append(error)
 
     def work() -> None:
-        for nodes in (FOUR, THREE):
+        for nodes in (FOUR, THREE, FOUR):
             shift(router, nodes)
-        ended.set()
 
-    mover = threading.Thread(target=work)
+    user, mover = threading.Thread(target=use), threading.Thread(target=work)
+    user.start()
     mover.start()
-    try:
-        assert ended.wait(20)
-    finally:
-        done.set()
-        thread.join()
-        mover.join()
+    mover.join(15)
+    ended = not mover.is_alive()
+    over.set()
+    user.join()
+    mover.join()
+    assert ended
+    assert not perhaps
 
 
 # Movers, and other movers
