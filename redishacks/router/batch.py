@@ -12,7 +12,8 @@ GET to one node go out as one MGET, runs of plain SET as one MSET.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
 
 from redis.commands import CoreCommands
 
@@ -33,6 +34,7 @@ class Batch(CoreCommands):
         self._core = core
         #: A key alone stands for a plain GET: by far the most.
         self._said: list[Said | bytes] = []
+        self._gets_only = True
         self._results = Results()
 
     def execute_command(self, *args: Any, **options: Any) -> Reply:
@@ -40,36 +42,56 @@ class Batch(CoreCommands):
         if self._results.settled:
             raise UsageError("this batch was sent already: begin another one")
         said = self._said
-        reply = Reply(self._results, len(said))
+        reply = Reply.of(self._results, len(said))
         said.append(self._core.say(args, options))
+        self._gets_only = False
         return reply
 
     def get(self, name: Any) -> Reply:  # type: ignore[override]
         """Record a GET; raises `UsageError` for what cannot be encoded."""
         kind = type(name)
         if kind is not bytes:
-            name = name.encode() if kind is str else self._core.dialect.encode(name)
-        if self._results.settled:
+            # Spelled out, since most batches are thousands of these.
+            plain = kind is str and name.isascii()
+            name = name.encode() if plain else self._core.dialect.encode(name)
+        results = self._results
+        if results.settled:
             return self.execute_command("GET", name)
         said = self._said
-        reply = Reply(self._results, len(said))
+        reply = Reply()
+        reply._results = results
+        reply._place = len(said)
         said.append(name)
         return reply
 
     def send(self, *, raises: bool) -> Steps[None]:
         """Say all and settle every reply; if it `raises`, it is a `BatchError` when some failed."""
         core, results, said = self._core, self._results, self._said
-        if not (yield from core.settle_gets(said, results)):
-            calls: dict[int, Call] = {}
-            for place, one in enumerate(said):
+        calls: dict[int, Call] = {}
+        results.begin(len(said))
+        results.locate(lambda place: self._node(place, calls))
+        try:
+            left: Sequence[int] = range(len(said))
+            if said and self._gets_only:
+                left = yield from core.settle_gets(cast(list[bytes], said), results)
+            for place in left:
+                one = said[place]
                 try:
                     whole = core.say(("GET", one), {}) if isinstance(one, bytes) else one
                     calls[place] = yield from core.call(whole)
                 except RedisHacksError as error:
                     results.errors[place] = error
-            yield from core.settle(calls, results, len(said))
+            yield from core.settle(calls, results)
+        finally:
+            results.end()
         if raises and results.errors:
-            raise BatchError([Reply(results, place) for place in range(len(said))])
+            raise BatchError([Reply.of(results, place) for place in range(len(said))])
+
+    def _node(self, place: int, calls: Mapping[int, Call]) -> str:
+        one = self._said[place]
+        if isinstance(one, bytes):
+            return self._core.routes.where((one,))
+        return self._core.routes.where(calls[place].command.keys) if place in calls else ""
 
     def forget(self) -> None:
         """Send nothing."""
