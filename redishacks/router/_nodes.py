@@ -18,7 +18,7 @@ from hiredis import ReplyError
 from redishacks._clock import clock
 from redishacks._command import Command, Steps, ask, ask_all
 from redishacks._slots import key_slot
-from redishacks._transport import PULL, WAIT, Address, Refused, Settings, View, Words
+from redishacks._transport import PULL, WAIT, Address, Refused, Settings, Table, View, Words
 from redishacks.errors import (
     CrossNodeError,
     ServerError,
@@ -65,10 +65,9 @@ class Known:
         if topology.target is not None and topology.state != CLOSING:
             self.serving = topology.target
         #: The node of each slot; None when it is not slots that decide.
-        self.by_slot: list[Address] | None = None
+        self.table: Table | None = None
         if isinstance(self.serving, SlotTable):
-            every = {name: address(name) for name in self.serving.nodes}
-            self.by_slot = [every[name] for name in self.serving.by_slot]
+            self.table = list(map(address, self.serving.nodes)), list(self.serving.owners)
 
     def route(self, keys: Sequence[bytes], avoid: Address | None = None) -> Address:
         """Return the node for a command; without keys any but the one to avoid.
@@ -78,7 +77,7 @@ class Known:
         if not keys:
             every = [address(name) for name in self.topology.nodes]
             return random.choice([node for node in every if node != avoid] or every)
-        if self.by_slot is None:
+        if self.table is None:
             return self._together(keys)
         slot = key_slot(keys[0])
         for key in keys[1:]:
@@ -86,7 +85,8 @@ class Known:
                 raise CrossNodeError(
                     f"keys of one command must share a slot: {keys[0]!r} and {key!r} do not"
                 )
-        return self.by_slot[slot]
+        nodes, owners = self.table
+        return nodes[owners[slot]]
 
     def _together(self, keys: Sequence[bytes]) -> Address:
         name = self.serving.node_for(keys[0])

@@ -52,7 +52,7 @@ class Queue(CoreCommands):
         """Record a command; raises `UsageError` for what cannot be encoded."""
         if self._results.settled:
             raise UsageError("this transaction has ended: begin another one")
-        reply = Reply(self._results, len(self._said))
+        reply = Reply.of(self._results, len(self._said))
         self._said.append(self._core.say(args, options))
         return reply
 
@@ -101,7 +101,7 @@ class Queue(CoreCommands):
     def check(self) -> None:
         """Raise `BatchError` when some failed."""
         if self._results.errors:
-            raise BatchError([Reply(self._results, at) for at in range(len(self._said))])
+            raise BatchError([Reply.of(self._results, at) for at in range(len(self._said))])
 
 
 class _Transaction(Queue):
