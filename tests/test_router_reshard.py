@@ -474,11 +474,16 @@ def test_a_mover_that_is_killed_leaves_nothing_undone(
 # What a move is made of
 
 
-def transit(router: Router, nodes: Iterable[str] = FOUR) -> None:
+def closing(router: Router, nodes: Iterable[str]) -> None:
+    """Begin a move and stop it at once."""
+    transit(router, nodes, "closing")
+
+
+def transit(router: Router, nodes: Iterable[str] = FOUR, state: str = "transit") -> None:
     """Begin a move and stop it where keys begin to move."""
 
     def on_progress(progress: Progress) -> None:
-        if progress.state == "transit":
+        if progress.state == state:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -1148,4 +1153,39 @@ def test_keys_move_from_a_legacy_placement_to_slots(place: Place, kind: str) -> 
     assert isinstance(router.plan(list(FOUR)).old, SlotTable)
     with pytest.raises(TopologyMismatchError, match="node d, which is not given here"):
         place.router(*THREE, placement=legacy).get("k0")
+    settled(place)
+
+
+# Conversations
+
+
+def test_there_is_no_conversation_about_keys_that_are_about_to_move(place: Place) -> None:
+    """Who was slow between one move and the next waits for that too, as any other call does."""
+    router = begin(place)
+    key = next(moving(router))
+    router.set(key, 5)
+    transit(router)
+    client = place.router()
+    assert client.get(key) == b"5"
+    transport = client.redishacks_transport
+    routes: Any = transport.routes
+    real = transport.call
+    states = []
+
+    def call(command: Any, deadline: float) -> Any:
+        reply = real(command, deadline)
+        if not states:
+            finish(router)
+            closing(router, THREE)
+            eventually(
+                lambda: real(command._replace(keys=()), 5) is not None and routes.view.version > 4
+            )
+            states.append(routes.view.topology.state)
+        return reply
+
+    transport.call = call  # type: ignore[method-assign]
+    with pytest.raises(UnavailableError, match="about to move"):
+        transport.converse([key.encode()], 1)
+    assert states == ["closing"]
+    finish(router)
     settled(place)
