@@ -25,6 +25,7 @@ from redishacks.errors import MaybeAppliedError, UnavailableError
 from redishacks.router import AsyncRouter, Router, _move
 from redishacks.router.commands import Layout
 from redishacks.router.reshard import Plan
+from redishacks.router.transaction import WatchError
 
 Urls = Mapping[str, Any]
 
@@ -46,6 +47,9 @@ class Ledger:
         self.counts: dict[str, list[int]] = {}
         #: By key: what was put there, what perhaps, and what was not.
         self.tokens: dict[str, tuple[list[str], list[str], list[str]]] = {}
+        #: By key: what was taken out of it, and how often that was perhaps done and not heard.
+        self.popped: dict[str, list[str]] = {}
+        self.unheard: dict[str, int] = {}
         #: What keys of its own may hold; None for nothing.
         self.own: dict[str, set[str | None]] = {}
         #: Between which times a key of its own ends.
@@ -89,6 +93,13 @@ class Blocking:
         with self.router.map(on_error="return") as m:
             return record(m)
 
+    async def add_one(self, key: str) -> None:
+        """Count by WATCH."""
+        with self.router.transaction(key) as t:
+            value = int(t.get(key) or 0)
+            t.multi()
+            t.set(key, value + 1)
+
 
 class Tasks:
     """An `AsyncRouter` with the same methods."""
@@ -103,6 +114,13 @@ class Tasks:
         """Say what a function records."""
         async with self.router.map(on_error="return") as m:
             return record(m)
+
+    async def add_one(self, key: str) -> None:
+        """Count by WATCH."""
+        async with self.router.transaction(key) as t:
+            value = int(await t.get(key) or 0)
+            t.multi()
+            t.set(key, value + 1)
 
 
 FACES: Mapping[str, Callable[..., Any]] = {"sync": Blocking, "async": Tasks}
@@ -137,7 +155,7 @@ class Client:
         """Say one thing after the other until told to stop."""
         kinds = [
             self._count, self._push, self._own, self._own, self._pair, self._batch,
-            self._fleeting, self._lasting,
+            self._fleeting, self._lasting, self._pop, self._watch,
         ]  # fmt: skip
         while not stop():
             await self._rng.choice(kinds)()
@@ -171,6 +189,29 @@ class Client:
         how, _ = await _try(self.ledger, said)
         for each in "ab":
             self.ledger.count(f"{tag}:{each}", how)
+
+    async def _pop(self) -> None:
+        """Put something in a queue, and wait for something from it, perhaps in vain."""
+        face, key = self._face, f"q{self._rng.randrange(SHARED)}"
+        if self._rng.random() < 0.6:
+            token = self._token()
+            how, _ = await _try(self.ledger, face.rpush(key, token))
+            self.ledger.token(key, token, how)
+            return
+        how, found = await _try(self.ledger, face.blpop([key], timeout=0.01))
+        if how is None:
+            self.ledger.unheard[key] = self.ledger.unheard.get(key, 0) + 1
+        elif found is not None:
+            self.ledger.popped.setdefault(key, []).append(found[1].decode())
+
+    async def _watch(self) -> None:
+        """Count by reading and writing, which is done only if nobody else did meanwhile."""
+        key = f"w{self._rng.randrange(SHARED)}"
+        try:
+            how, _ = await _try(self.ledger, self._face.add_one(key))
+        except WatchError:
+            return
+        self.ledger.count(key, how)
 
     async def _own(self) -> None:
         key = self._key("o")

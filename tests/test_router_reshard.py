@@ -153,13 +153,19 @@ def check(router: Router, ledgers: list[Ledger]) -> None:
             ):
                 all_ += one
         found = elements(router, key)
+        for ledger in ledgers:
+            found += ledger.popped.get(key, [])
+        missing = set(sure) - set(found)
+        unheard = sum(ledger.unheard.get(key, 0) for ledger in ledgers)
+        assert len(missing) <= unheard, key
+        sure = [token for token in sure if token not in missing]
         assert len(found) == len(set(found)), f"{key} has something twice"
         assert set(sure) <= set(found) <= {*sure, *perhaps}, key
 
 
 def elements(router: Router, key: str) -> list[str]:
     """Return what was put into a key of any type."""
-    if key[0] == "l":
+    if key[0] in "lq":
         raw = router.lrange(key, 0, -1)
     elif key[0] == "s":
         raw = list(router.smembers(key))
