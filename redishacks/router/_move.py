@@ -33,8 +33,8 @@ T = TypeVar("T")
 _TTL, _RENEW = 10.0, 2.0
 #: Seconds between two looks at the connections that are still to go.
 _LOOK = 0.02
-#: Keys of one script.
-_BATCH = 500
+#: Keys of one script, and bytes after which it looks at no more of them.
+_BATCH, _MOST = 500, "8000000"
 _SCAN = 1_000
 #: Scans of a node: one, and another for each client that was killed in the middle of a pull.
 _SCANS = 1_000
@@ -213,11 +213,19 @@ class Move:
 
     def _carry(self, name: str, keys: Sequence[bytes], new: Placement) -> Steps[None]:
         """Move some keys of a node: give, take, forget."""
+        while keys:
+            keys = keys[(yield from self._carry_some(name, keys, new)) :]
+
+    def _carry_some(self, name: str, keys: Sequence[bytes], new: Placement) -> Steps[int]:
+        """Move the first of some keys; returns how many it were."""
+        yield from self._renew()
         layout, since = self._layout, self._topology().since
-        (gifts,) = yield from self._say([layout.give(address(name), keys, since, self._token)])
-        if gifts is None:
+        give = layout.give(address(name), keys, since, self._token, _MOST)
+        (given,) = yield from self._say([give])
+        if given is None:
             yield from self._renew(now=True)  # raises, if that is why
             raise UnavailableError(LOST)
+        gifts = given.gifts
         groups: dict[Address, list[Gift]] = {}
         for gift in gifts:
             groups.setdefault(address(new.node_for(gift.key)), []).append(gift)
@@ -231,6 +239,7 @@ class Move:
             done = [gift.key for gift in gifts]
             yield from self._say([layout.forget(address(name), done, since)])
         self._moved += len(gifts)
+        return given.looked
 
     # What all movers need
 

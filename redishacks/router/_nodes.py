@@ -116,7 +116,7 @@ class Known:
         given = yield from _all([layout.give(node, some, since) for node, some in old.items()])
         if None in given:
             raise UnavailableError(LOST)
-        gifts = {gift.key: gift for some in given for gift in some or ()}
+        gifts = {gift.key: gift for some in given if some for gift in some.gifts}
         new = _grouped(gifts, self.serving)
         takes = [
             layout.take(node, [gifts[key] for key in some], since) for node, some in new.items()
