@@ -13,13 +13,14 @@ import functools
 import os
 import random
 import signal
+import sys
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
 from redishacks import _drive
 from redishacks._command import Ask, Command
-from redishacks._transport import _async_link, _decide, _link
+from redishacks._transport import _async_link, _link
 from redishacks._transport._decide import Opening, Talk
 from redishacks.errors import MaybeAppliedError, UnavailableError
 from redishacks.router import AsyncRouter, Router, _move
@@ -95,7 +96,8 @@ class Blocking:
 
     async def add_one(self, key: str) -> None:
         """Count by WATCH."""
-        with self.router.transaction(key) as t:
+        made: Any = self.router.transaction(key)
+        with made as t:
             value = int(t.get(key) or 0)
             t.multi()
             t.set(key, value + 1)
@@ -117,7 +119,8 @@ class Tasks:
 
     async def add_one(self, key: str) -> None:
         """Count by WATCH."""
-        async with self.router.transaction(key) as t:
+        made: Any = self.router.transaction(key)
+        async with made as t:
             value = int(await t.get(key) or 0)
             t.multi()
             t.set(key, value + 1)
@@ -172,15 +175,17 @@ class Client:
     async def _push(self) -> None:
         face, at = self._face, self._rng.randrange(SHARED)
         token = self._token()
-        key, said = self._rng.choice(
-            [
-                (f"l{at}", lambda: face.lpush(f"l{at}", token)),
-                (f"s{at}", lambda: face.sadd(f"s{at}", token)),
-                (f"z{at}", lambda: face.zadd(f"z{at}", {token: self._serial})),
-                (f"x{at}", lambda: face.xadd(f"x{at}", {"t": token})),
-            ]
-        )
-        how, _ = await _try(self.ledger, said())
+        kind = self._rng.choice("lszx")
+        key = f"{kind}{at}"
+        if kind == "l":
+            said = face.lpush(key, token)
+        elif kind == "s":
+            said = face.sadd(key, token)
+        elif kind == "z":
+            said = face.zadd(key, {token: self._serial})
+        else:
+            said = face.xadd(key, {"t": token})
+        how, _ = await _try(self.ledger, said)
         self.ledger.token(key, token, how)
 
     async def _pair(self) -> None:
@@ -418,7 +423,8 @@ def say(urls: Urls, flavour: str, step: str, key: str, pipe: Any) -> None:
             await face.connect()
         else:
             if step in LONG_WAY:
-                _decide.COURTESY = -1.0
+                decide: Any = sys.modules[Talk.__module__]
+                decide.COURTESY = -1.0
             await face.get(key)
         pipe.send("ready")
         pipe.recv()

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from redishacks.errors import (
 )
 from redishacks.router import Router, _move, commands
 from redishacks.router._move import Progress
-from redishacks.router.commands import Layout
+from redishacks.router.commands import Gift, Layout
 from redishacks.router.legacy import KINDS
 from redishacks.router.placement import SlotTable
 from redishacks.router.reshard import Plan
@@ -54,7 +55,7 @@ class Place:
         """Return a client of one node."""
         return self._raw[name]
 
-    def fresh(self, *names: str) -> Router:
+    def fresh(self, *names: str) -> Any:
         """Empty all nodes and return a router over some of them, by slots."""
         for name, server in self.servers.items():
             if not server.alive():
@@ -67,7 +68,7 @@ class Place:
         router.connect()
         return router
 
-    def router(self, *names: str, deadline: float = 20.0, **options: Any) -> Router:
+    def router(self, *names: str, deadline: float = 20.0, **options: Any) -> Any:
         """Return another router."""
         urls = {name: self.urls[name] for name in names or self.urls}
         return Router(urls, deadline=deadline, **options)
@@ -91,7 +92,7 @@ def place() -> Iterator[Place]:
         yield made
 
 
-def begin(place: Place, nodes: Iterable[str] = THREE) -> Router:
+def begin(place: Place, nodes: Iterable[str] = THREE) -> Any:
     """Return a router that knows four nodes, whose keys are on some of them."""
     place.fresh(*nodes).close()
     router = place.router()
@@ -99,12 +100,13 @@ def begin(place: Place, nodes: Iterable[str] = THREE) -> Router:
     return router
 
 
-def shift(router: Router, nodes: Iterable[str], **options: Any) -> Progress:
+def shift(router: Any, nodes: Iterable[str], **options: Any) -> Progress:
     """Move all to these nodes."""
-    return router.reshard(router.plan(list(nodes)), **{"drain": DRAIN, **options})
+    progress: Progress = router.reshard(router.plan(list(nodes)), **{"drain": DRAIN, **options})
+    return progress
 
 
-def moving(router: Router, nodes: Iterable[str] = FOUR, kind: str = "k") -> Iterator[str]:
+def moving(router: Any, nodes: Iterable[str] = FOUR, kind: str = "k") -> Iterator[str]:
     """Return names of keys that will move."""
     new = router.plan(list(nodes)).new
     for key in (f"{kind}{n}" for n in itertools.count()):
@@ -127,7 +129,7 @@ def settled(place: Place) -> None:
 # Under fire
 
 
-def check(router: Router, ledgers: list[Ledger]) -> None:
+def check(router: Any, ledgers: list[Ledger]) -> None:
     """Check that what clients were told is what is there."""
     for ledger in ledgers:
         assert not ledger.wrong, ledger.wrong[:3]
@@ -146,12 +148,8 @@ def check(router: Router, ledgers: list[Ledger]) -> None:
         found = int(router.hget(key, "f") if key[0] == "h" else router.get(key) or 0)
         assert sure <= found <= sure + perhaps, key
     for key in {key for ledger in ledgers for key in ledger.tokens}:
-        sure, perhaps, never = ([], [], [])
-        for ledger in ledgers:
-            for all_, one in zip(
-                (sure, perhaps, never), ledger.tokens.get(key, ([], [], [])), strict=True
-            ):
-                all_ += one
+        each = [ledger.tokens.get(key, ([], [], [])) for ledger in ledgers]
+        sure, perhaps = (list(itertools.chain(*(told[at] for told in each))) for at in (0, 1))
         found = elements(router, key)
         for ledger in ledgers:
             found += ledger.popped.get(key, [])
@@ -163,7 +161,7 @@ def check(router: Router, ledgers: list[Ledger]) -> None:
         assert set(sure) <= set(found) <= {*sure, *perhaps}, key
 
 
-def elements(router: Router, key: str) -> list[str]:
+def elements(router: Any, key: str) -> list[str]:
     """Return what was put into a key of any type."""
     if key[0] in "lq":
         raw = router.lrange(key, 0, -1)
@@ -264,7 +262,7 @@ class Stopped:
         for pipe in self._pipes.values():
             pipe.send("go")
         for which, process in self._processes.items():
-            assert eventually(lambda process=process: workers.is_stopped(process.pid)), which
+            assert eventually(functools.partial(workers.is_stopped, process.pid)), which
 
     def go_on(self) -> dict[tuple[str, str], bool | None]:
         """Let them go on; returns how each call ended."""
@@ -283,13 +281,13 @@ class Stopped:
             process.join()
 
 
-def each_step(router: Router, steps: Iterable[str]) -> dict[tuple[str, str], str]:
+def each_step(router: Any, steps: Iterable[str]) -> dict[tuple[str, str], str]:
     """Return a moving key for each step and flavour."""
     names = moving(router)
     return {(flavour, step): next(names) for flavour in ("sync", "async") for step in steps}
 
 
-def counted(router: Router, key: str, before: int, how: bool | None) -> None:
+def counted(router: Any, key: str, before: int, how: bool | None) -> None:
     """Check a count that was `before`, and perhaps one more."""
     found = int(router.get(key) or 0)
     possible = {True: {before + 1}, False: {before}, None: {before, before + 1}}[how]
@@ -322,7 +320,7 @@ def stopped_before(place: Place, *, back: bool) -> None:
     settled(place)
 
 
-@pytest.mark.parametrize("back", [False, True], ids=["there", "and-back"])
+@pytest.mark.parametrize("back", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_who_was_stopped_before_a_move_writes_to_no_old_node(place: Place, back: bool) -> None:
     """Clients stop in the middle of a call, keys move, and they go on: once or never, and right."""
     stopped_before(place, back=back)
@@ -378,7 +376,15 @@ def stopped_within(place: Place, then: str) -> None:
     settled(place)
 
 
-@pytest.mark.parametrize("then", ["at-once", "count", "delete", "and-back"])
+@pytest.mark.parametrize(
+    "then",
+    [
+        "at-once",
+        pytest.param("count", marks=pytest.mark.slow),
+        pytest.param("delete", marks=pytest.mark.slow),
+        "and-back",
+    ],
+)
 def test_who_was_stopped_in_a_pull_brings_nothing_back(place: Place, then: str) -> None:
     """Clients stop while they pull a key that others change, and go on: nothing comes back."""
     stopped_within(place, then)
@@ -389,7 +395,7 @@ def test_without_a_note_of_what_was_taken_it_would_come_back(
 ) -> None:
     """A node that takes a key as often as it is given does not pass the test before this one."""
     note = b"call('SADD', KEYS[2], '=' .. key)"
-    real = commands.script("router_take")
+    real = script("router_take")
     assert real.source.count(note) == 1
     other = real._replace(source=real.source.replace(note, b""))
     monkeypatch.setattr(
@@ -413,14 +419,14 @@ def mover(place: Place, plan: Plan | None, directory: Path, **options: Any) -> t
     return workers.start(router_workers.move, place.urls, path, options, theirs), ours
 
 
-def load(router: Router, count: int = 300) -> dict[str, str]:
+def load(router: Any, count: int = 300) -> dict[str, str]:
     """Put some keys there."""
     values = {f"k{n}": f"value{n}" for n in range(count)}
     router.mset(values)
     return values
 
 
-def finish(router: Router, **options: Any) -> None:
+def finish(router: Any, **options: Any) -> None:
     """Bring a move to its end, if it is not there."""
     try:
         router.reshard(None, **{"drain": DRAIN, "take_over": True, **options})
@@ -469,7 +475,7 @@ def test_a_mover_that_is_killed_anywhere_leaves_nothing_undone(
     assert at > 20
 
 
-@pytest.mark.parametrize("at", [6, 14, 20, 26, 32])
+@pytest.mark.parametrize("at", [6, 14, 20, 32])
 def test_a_mover_that_is_killed_leaves_nothing_undone(
     place: Place, tmp_path: Path, at: int
 ) -> None:
@@ -480,12 +486,12 @@ def test_a_mover_that_is_killed_leaves_nothing_undone(
 # What a move is made of
 
 
-def closing(router: Router, nodes: Iterable[str]) -> None:
+def closing(router: Any, nodes: Iterable[str]) -> None:
     """Begin a move and stop it at once."""
     transit(router, nodes, "closing")
 
 
-def transit(router: Router, nodes: Iterable[str] = FOUR, state: str = "transit") -> None:
+def transit(router: Any, nodes: Iterable[str] = FOUR, state: str = "transit") -> None:
     """Begin a move and stop it where keys begin to move."""
 
     def on_progress(progress: Progress) -> None:
@@ -496,7 +502,7 @@ def transit(router: Router, nodes: Iterable[str] = FOUR, state: str = "transit")
         shift(router, nodes, on_progress=on_progress)
 
 
-def pulls(router: Router) -> tuple[Layout, Callable[[str, Any], Any], int]:
+def pulls(router: Any) -> tuple[Layout, Callable[[str, Any], Any], int]:
     """Return what builds the words of a pull, what says one to a node, and the move's number."""
     nodes: Any = router.redishacks_transport.routes
     transport = router.redishacks_transport
@@ -517,13 +523,13 @@ def test_a_key_that_ends_while_it_moves_does_not_come_back(place: Place) -> None
     old = router.node_for(key)
     transit(router)
     layout, say, since = pulls(router)
-    gifts = say(old, lambda node: layout.give(node, [key.encode()], since))
-    assert [gift.key for gift in gifts] == [key.encode()]
+    given = say(old, lambda node: layout.give(node, [key.encode()], since))
+    assert [gift.key for gift in given.gifts] == [key.encode()]
     place.raw(old).pexpire(layout.aside_prefix + key.encode(), 1)
     eventually(lambda: not place.raw(old).exists(layout.aside_prefix + key.encode()))
     assert router.get(key) is None
     router.set(key, "new")
-    say("d", lambda node: layout.take(node, gifts, since))
+    say("d", lambda node: layout.take(node, given.gifts, since))
     assert router.get(key) == b"new"
     finish(router)
     assert router.get(key) == b"new"
@@ -534,7 +540,7 @@ def test_a_key_that_a_node_cannot_take_is_not_lost(place: Place) -> None:
     """A node that refuses what it is given has not taken it: later it can."""
     router = begin(place)
     values = load(router)
-    place.raw("d").execute_command("ACL", "SETUSER", "default", "-restore")
+    place.raw("d").acl_setuser("default", enabled=True, commands=["-restore"])
     try:
         plan = router.plan(list(FOUR))
         with pytest.raises(UsageError, match="cannot read"):
@@ -542,7 +548,7 @@ def test_a_key_that_a_node_cannot_take_is_not_lost(place: Place) -> None:
         with pytest.raises(Exception, match="restore"):
             router.reshard(plan._replace(refusals=[]), drain=DRAIN)
     finally:
-        place.raw("d").execute_command("ACL", "SETUSER", "default", "+restore")
+        place.raw("d").acl_setuser("default", enabled=True, commands=["+restore"])
     finish(router)
     assert router.mget(list(values)) == [value.encode() for value in values.values()]
     settled(place)
@@ -574,7 +580,7 @@ def test_a_batch_of_many_thousand_keys_that_move(place: Place) -> None:
 def test_routers_of_other_databases_do_not_disturb_each_other(place: Place) -> None:
     """A move waits for the connections of its own router, not for those of another one's."""
     router = begin(place)
-    other = Router({name: f"{url[:-1]}1" for name, url in place.urls.items()}, deadline=20)
+    other: Any = Router({name: f"{url[:-1]}1" for name, url in place.urls.items()}, deadline=20)
     other.connect()
     perhaps = []
     over = threading.Event()
@@ -600,6 +606,28 @@ def test_routers_of_other_databases_do_not_disturb_each_other(place: Place) -> N
     mover.join()
     assert ended
     assert not perhaps
+
+
+def test_a_mover_sets_no_more_aside_at_once_than_it_can_carry_soon(place: Place) -> None:
+    """However big keys are: only some megabytes at a time are on their way."""
+    router = begin(place, ["a"])
+    names = [f"k{n}" for n in range(40)]
+    for name in names:
+        router.set(name, os.urandom(1 << 10) * 3000)
+    routes: Any = router.redishacks_transport.routes
+    layout, sizes = routes.layout, []
+    real = layout.take
+
+    def take(node: Any, gifts: Sequence[Gift], *more: Any) -> Any:
+        sizes.append(sum(len(gift.dump) for gift in gifts))
+        return real(node, gifts, *more)
+
+    layout.take = take
+    progress = shift(router, ["b"])
+    assert progress.moved == len(names)
+    assert max(sizes) < 12_000_000
+    assert [router.strlen(name) for name in names] == [3_072_000] * len(names)
+    settled(place)
 
 
 # Movers, and other movers
@@ -696,7 +724,7 @@ def stopped_mover(place: Place, directory: Path, at: int) -> tuple[bool, str | N
     return True, error
 
 
-@pytest.mark.parametrize("at", [10, 16, 20, 24, 26, 28])
+@pytest.mark.parametrize("at", [10, 24, 28])
 def test_a_mover_that_was_stopped_does_no_harm_when_it_goes_on(
     place: Place, tmp_path: Path, at: int
 ) -> None:
@@ -719,7 +747,7 @@ def test_a_mover_that_was_stopped_anywhere_does_no_harm(place: Place, tmp_path: 
 # Nodes that fail
 
 
-def interrupted(router: Router, state: str, then: Callable[[], object]) -> Exception | None:
+def interrupted(router: Any, state: str, then: Callable[[], object]) -> Exception | None:
     """Move keys, and do something when a state is reached; returns how the mover ended."""
     done = False
 
@@ -776,7 +804,7 @@ def test_a_node_that_is_restarted_empty_loses_only_its_own(
     settled(place)
 
 
-def brought_to_its_end(router: Router) -> bool:
+def brought_to_its_end(router: Any) -> bool:
     """Go on with a move; returns whether that came to its end."""
     try:
         finish(router)
@@ -793,7 +821,7 @@ def test_who_has_a_copy_of_what_a_restarted_node_lost_cannot_bring_it_back(place
     old = router.node_for(key)
     transit(router)
     layout, say, since = pulls(router)
-    gifts = say(old, lambda node: layout.give(node, [key.encode()], since))
+    given = say(old, lambda node: layout.give(node, [key.encode()], since))
     place.servers[old].kill()
     place.servers[old].restart()
     hasty = place.router(deadline=0.3)
@@ -805,7 +833,7 @@ def test_who_has_a_copy_of_what_a_restarted_node_lost_cannot_bring_it_back(place
     eventually(lambda: brought_to_its_end(router))
     assert router.get(key) is None
     router.set(key, "new")
-    words = layout.take(("d", -2), gifts, since)
+    words = layout.take(("d", -2), given.gifts, since)
     (outcome,) = taker.redishacks_transport.run([words], 5, view)
     assert outcome.error is not None
     assert router.get(key) == b"new"
@@ -914,7 +942,7 @@ def held(client: Any, key: Any) -> Any:
     return kind
 
 
-def make_all(router: Router) -> dict[Any, tuple[Any, float]]:
+def make_all(router: Any) -> dict[Any, tuple[Any, float]]:
     """Make keys of all types and names, some with a TTL; returns what they hold, and their end."""
     made: dict[Any, tuple[Any, float]] = {}
     for kind, make in TYPES.items():
@@ -930,7 +958,7 @@ def make_all(router: Router) -> dict[Any, tuple[Any, float]]:
     return made
 
 
-def check_all(router: Router, made: Mapping[Any, tuple[Any, float]]) -> None:
+def check_all(router: Any, made: Mapping[Any, tuple[Any, float]]) -> None:
     """Check that keys hold what they did, and end when they should."""
     for key, (value, ends) in made.items():
         assert held(router, key) == value, key
@@ -1176,7 +1204,7 @@ def test_there_is_no_conversation_about_keys_that_are_about_to_move(place: Place
     transport = client.redishacks_transport
     routes: Any = transport.routes
     real = transport.call
-    states = []
+    states: list[str] = []
 
     def call(command: Any, deadline: float) -> Any:
         reply = real(command, deadline)
@@ -1189,8 +1217,8 @@ def test_there_is_no_conversation_about_keys_that_are_about_to_move(place: Place
             states.append(routes.view.topology.state)
         return reply
 
-    transport.call = call  # type: ignore[method-assign]
-    with pytest.raises(UnavailableError, match="about to move"):
+    transport.call = call
+    with pytest.raises(UnavailableError):
         transport.converse([key.encode()], 1)
     assert states == ["closing"]
     finish(router)
