@@ -22,11 +22,12 @@ from redishacks._transport._async_link import Link, open_link
 from redishacks._transport._decide import CONNECT_DEADLINE, Message, Talk
 from redishacks._transport._foreign import ForeignNode
 from redishacks._transport._loss import Lost, Refused, Unreachable
+from redishacks._transport._own import AsyncConversation, Terms
 from redishacks._transport._routes import Routes, View, settings_for
 from redishacks._transport._settings import Settings
 from redishacks._transport._socket import CLOSED
 from redishacks._transport._wire import PING, Address, pack, show
-from redishacks.errors import RedisHacksError
+from redishacks.errors import RedisHacksError, UnavailableError, UsageError
 
 T = TypeVar("T")
 
@@ -115,10 +116,37 @@ class Lane:
 class Node:
     """One server as one loop reaches it: a lane for all, and one for what is large or slow."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, settings: Settings) -> None:
-        self.address = settings.address
+    def __init__(
+        self, loop: asyncio.AbstractEventLoop, settings: Settings, address: Address
+    ) -> None:
+        #: As routes know it, which may be by a name.
+        self.address = address
         self._shared = Lane(loop, settings)
         self._bulk = Lane(loop, settings)
+        self._loop, self._settings = loop, settings
+        #: Connections of conversations, those in use too; and those that are not.
+        self._own: set[Link] = set()
+        self._spare: list[Link] = []
+
+    async def take(self, patience: float) -> Link:
+        """Return a connection that nobody else uses; raises `UnavailableError`."""
+        while self._spare:
+            link = self._spare.pop()
+            if link.usable(monotonic()):
+                return link
+            link.lose(CLOSED)
+        self._own = {link for link in self._own if link.open}
+        try:
+            return await open_link(self._loop, self._settings, patience, self._own)
+        except (Unreachable, Refused) as error:
+            raise UnavailableError(f"{show(self.address)}: {error}") from None
+
+    def give(self, link: Link, *, whole: bool) -> None:
+        """Take a connection back, which is ended unless all that was asked was answered."""
+        if whole and link.open:
+            self._spare.append(link)
+        else:
+            link.lose(CLOSED)
 
     def ready(self, now: float) -> Link | None:
         """Return the shared connection if it can be written to at once."""
@@ -144,16 +172,22 @@ class Node:
         """Use other connections from now on."""
         self._shared.retire()
         self._bulk.retire()
+        while self._spare:
+            self._spare.pop().lose(CLOSED)
 
     def close(self) -> None:
         """Close every connection now."""
         self._shared.close()
         self._bulk.close()
+        for link in self._own:
+            link.lose(CLOSED)
 
     def abandon(self) -> None:
         """Close file descriptors only, in a forked child or for a closed loop."""
         self._shared.abandon()
         self._bulk.abandon()
+        for link in self._own:
+            link.abandon()
 
 
 class Guest(Protocol):
@@ -201,7 +235,7 @@ class Site:
             settings = self._settings
             if self._routes is not None:
                 settings = self._routes.settings(address, settings)
-            node = ForeignNode(settings) if settings.foreign else Node(self.loop, settings)
+            node = ForeignNode(settings) if settings.foreign else Node(self.loop, settings, address)
             self._nodes[address] = node
             self._known.add(node)
         return node
@@ -260,7 +294,7 @@ class AsyncTransport:
         now = monotonic()
         site = self._sites.get(id(asyncio.get_running_loop())) or self._new_site()
         node, version = (site.only, 0) if site.only is not None else self._usual(site, command)
-        link = None if node is None or command.bulk else node.ready(now)
+        link = None if node is None or command.bulk or command.replies != 1 else node.ready(now)
         if node is None or link is None or link.version != version or now >= link.due:
             return (await self._converse(site, self._talk((command,), deadline, now)))[0].result()
         data = pack(command)
@@ -289,9 +323,28 @@ class AsyncTransport:
 
     async def learn(self, deadline: float) -> None:
         """See that it is known who has which keys; raises what hinders it."""
-        if self._routes is not None and self._routes.view is None:
+        if self._routes is not None and (self._routes.view is None or self._routes.stale):
             talk: Talk[None] = self._talk((), deadline, monotonic())
             await self._prepare(self._site(), self._routes, talk)
+
+    async def converse(self, keys: Sequence[bytes], deadline: float) -> AsyncConversation:
+        """Return a connection of one's own for some keys, as `SyncTransport.converse`."""
+        end = monotonic() + deadline
+        site = self._site()
+        question: Command[Any] = Command(("EXISTS", *keys), tuple(keys), repeatable=True)
+        while True:
+            await self.learn(end - monotonic())
+            view = self._routes.view if self._routes is not None else None
+            if self._routes is not None and (view is None or not view.settled):
+                await self.call(question, end - monotonic())
+                view = self._routes.view
+            node = site.only or site.node(view.route(keys))  # type: ignore[union-attr]
+            if isinstance(node, ForeignNode):
+                raise UsageError("this client's class of connections cannot be used for that")
+            link = await node.take(max(0.0, end - monotonic()))
+            if self._routes is None or self._routes.view is view:
+                return AsyncConversation(node, link, Terms(node.address, self._routes, view))
+            node.give(link, whole=True)
 
     @property
     def routes(self) -> Routes | None:

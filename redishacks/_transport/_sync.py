@@ -25,11 +25,12 @@ from redishacks._transport._decide import CONNECT_DEADLINE, Message, Talk
 from redishacks._transport._foreign import ForeignLink
 from redishacks._transport._link import greet, open_link
 from redishacks._transport._loss import Lost, Refused, Unreachable
+from redishacks._transport._own import Conversation, Terms
 from redishacks._transport._routes import Routes, View, settings_for
 from redishacks._transport._settings import Settings
 from redishacks._transport._socket import LOOK_AFTER, PING_AFTER
 from redishacks._transport._wire import PING, Address, pack, show
-from redishacks.errors import RedisHacksError, UsageError
+from redishacks.errors import RedisHacksError, UnavailableError, UsageError
 
 T = TypeVar("T")
 
@@ -73,8 +74,9 @@ class Guest(Protocol):
 class Node:
     """One server and the connections to it."""
 
-    def __init__(self, settings: Settings) -> None:
-        self.address = settings.address
+    def __init__(self, settings: Settings, address: Address | None = None) -> None:
+        #: As routes know it, which may be by a name.
+        self.address = address or settings.address
         self._settings = settings
         self._idle: deque[Channel] = deque()
         #: All that are open, those in use too: a forked child must close them. Weak, for one in
@@ -277,7 +279,7 @@ class SyncTransport:
         """
         now = monotonic()
         node, version = (self._only, 0) if self._only is not None else self._usual(command)
-        link = node.take(now) if node is not None else None
+        link = node.take(now) if node is not None and command.replies == 1 else None
         if node is None or link is None:
             return self._converse(self._talk((command,), deadline, now))[0].result()
         if link.version != version or now >= link.due:
@@ -314,8 +316,30 @@ class SyncTransport:
 
     def learn(self, deadline: float) -> None:
         """See that it is known who has which keys; raises what hinders it."""
-        if self._routes is not None and self._routes.view is None:
+        if self._routes is not None and (self._routes.view is None or self._routes.stale):
             self._prepare(self._routes, self._talk((), deadline, monotonic()))
+
+    def converse(self, keys: Sequence[bytes], deadline: float) -> Conversation:
+        """Return a connection of one's own to the node of some keys, which are there.
+
+        Raises `UnavailableError`, and what learning who has them raises.
+        """
+        end = monotonic() + deadline
+        question: Command[Any] = Command(("EXISTS", *keys), tuple(keys), repeatable=True)
+        while True:
+            self.learn(end - monotonic())
+            view = self._routes.view if self._routes is not None else None
+            if self._routes is not None and (view is None or not view.settled):
+                self.call(question, end - monotonic())
+                view = self._routes.view
+            node = self._only or self._node(view.route(keys))  # type: ignore[union-attr]
+            try:
+                link = node.take(monotonic()) or node.connect(max(0.0, end - monotonic()))
+            except (Unreachable, Refused) as error:
+                raise UnavailableError(f"{show(node.address)}: {error}") from None
+            if self._routes is None or self._routes.view is view:
+                return Conversation(node, link, Terms(node.address, self._routes, view))
+            node.give(link)
 
     @property
     def routes(self) -> Routes | None:
@@ -364,7 +388,7 @@ class SyncTransport:
             settings = self._settings
             if self._routes is not None:
                 settings = self._routes.settings(address, settings)
-            node = self._nodes.setdefault(address, Node(settings))
+            node = self._nodes.setdefault(address, Node(settings, address))
             self._known.add(node)
         return node
 

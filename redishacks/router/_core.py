@@ -27,6 +27,8 @@ from redishacks.router.replies import PENDING, Results
 
 #: Calls that are split over nodes: kind, and whether they write.
 _SPLIT = {b"MGET": MGET, b"MSET": SET, **{kind.encode(): kind for kind in SUMS}}
+#: What any node may be asked.
+_ANYWHERE = {b"PING", b"ECHO", b"TIME", b"COMMAND", b"EVAL", b"EVAL_RO"}
 _COMMAND: Command[KeySpecs] = Command(("COMMAND",), parse=KeySpecs, repeatable=True, bulk=True)
 
 #: Seconds for learning who has which keys.
@@ -97,13 +99,20 @@ class Core:
             reads = self.specs.is_read_only((word,) * bounds[0])
             self._forms[name] = Form(word, *bounds, parse, reads)
 
+    def together(self, keys: Sequence[bytes]) -> None:
+        """Raise `CrossNodeError` unless all keys are on one node."""
+        if self.routes.view is not None:
+            self.routes.view.route(keys)
+
     def run(self, said: Said) -> Steps[Any]:
         """Say a call, whatever it takes; returns its value or raises its error."""
         words, parse = said
         kind = _SPLIT.get(words[0].upper())
+        if words == (b"MGET",):
+            return []  # so does redis-py
         if kind is not None and len(words) > 1:
             return (yield from self._split(kind, words, parse))
-        return (yield from ask((yield from self._command(said))))
+        return (yield from ask((yield from self.command(said))))
 
     def call(self, said: Said) -> Steps[Call]:
         """Return a call as a part of a batch; raises `UsageError`."""
@@ -112,9 +121,10 @@ class Core:
             return Call(GET, Command(words, words[1:], parse, None, True))
         if words[0] == b"SET" and len(words) == 3:
             return Call(SET, Command(words, words[1:2], parse), words[2])
-        return Call(OTHER, (yield from self._command(said)))
+        return Call(OTHER, (yield from self.command(said)))
 
-    def _command(self, said: Said) -> Steps[Command[Any]]:
+    def command(self, said: Said) -> Steps[Command[Any]]:
+        """Return a call as one command; asks a node which of its words are keys, if it must."""
         words, parse = said
         if self.specs is None:
             self.specs = yield from ask(_COMMAND)
@@ -126,6 +136,11 @@ class Core:
             if isinstance(outcome.error, UnavailableError):
                 raise outcome.error
             keys = specs.learn(words, outcome.error or outcome.value or [])
+        if not keys and words[0].upper() not in _ANYWHERE:
+            name = words[0].decode(errors="replace")
+            raise UsageError(
+                f"{name}: no key says which node it is for; fanout() is for all, or for some"
+            )
         return Command(words, tuple(keys), parse, None, specs.is_read_only(words))
 
     def _split(

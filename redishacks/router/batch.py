@@ -12,16 +12,18 @@ GET to one node go out as one MGET, runs of plain SET as one MSET.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, cast
 
 from redis.commands import CoreCommands
 
-from redishacks._command import Steps
+from redishacks._command import Command, Steps
 from redishacks.errors import RedisHacksError, UsageError
-from redishacks.router._coalesce import Call
+from redishacks.router._coalesce import OTHER, Call
 from redishacks.router._core import Core, Said
 from redishacks.router.replies import BatchError, Reply, Results
+from redishacks.router.transaction import Queue
 
 
 class Batch(CoreCommands):
@@ -33,8 +35,7 @@ class Batch(CoreCommands):
     def __init__(self, core: Core) -> None:
         self._core = core
         #: A key alone stands for a plain GET: by far the most.
-        self._said: list[Said | bytes] = []
-        self._gets_only = True
+        self._said: list[Said | bytes | Queue | Command[Any]] = []
         self._results = Results()
 
     def execute_command(self, *args: Any, **options: Any) -> Reply:
@@ -43,9 +44,19 @@ class Batch(CoreCommands):
             raise UsageError("this batch was sent already: begin another one")
         said = self._said
         reply = Reply.of(self._results, len(said))
-        said.append(self._core.say(args, options))
-        self._gets_only = False
+        # A command that was made already: a script.
+        said.append(args[0] if type(args[0]) is Command else self._core.say(args, options))
         return reply
+
+    @contextmanager
+    def transaction(self, *keys: Any) -> Iterator[Queue]:
+        """Record commands that go out as one MULTI and EXEC, on the node of their keys."""
+        if keys:
+            raise UsageError("keys cannot be watched in a batch: use router.transaction(…)")
+        queue = Queue(self._core)
+        yield queue
+        if len(queue):
+            self._said.append(queue)
 
     def get(self, name: Any) -> Reply:  # type: ignore[override]
         """Record a GET; raises `UsageError` for what cannot be encoded."""
@@ -72,16 +83,24 @@ class Batch(CoreCommands):
         results.locate(lambda place: self._node(place, calls))
         try:
             left: Sequence[int] = range(len(said))
-            if said and self._gets_only:
+            if set(map(type, said)) == {bytes}:
                 left = yield from core.settle_gets(cast(list[bytes], said), results)
             for place in left:
                 one = said[place]
                 try:
-                    whole = core.say(("GET", one), {}) if isinstance(one, bytes) else one
-                    calls[place] = yield from core.call(whole)
+                    if isinstance(one, Command):
+                        calls[place] = Call(OTHER, one)
+                    elif isinstance(one, Queue):
+                        calls[place] = Call(OTHER, (yield from one.as_command()))
+                    else:
+                        said_so = core.say(("GET", one), {}) if isinstance(one, bytes) else one
+                        calls[place] = yield from core.call(said_so)
                 except RedisHacksError as error:
                     results.errors[place] = error
             yield from core.settle(calls, results)
+            for place, one in enumerate(said):
+                if isinstance(one, Queue) and place in results.errors:
+                    one.fail(results.errors[place])
         finally:
             results.end()
         if raises and results.errors:
