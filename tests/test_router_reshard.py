@@ -1190,6 +1190,26 @@ def test_keys_move_from_a_legacy_placement_to_slots(place: Place, kind: str) -> 
     settled(place)
 
 
+# Connections
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["CLIENT", "SETNAME", "x"], ["client", "reply", "off"], ["RESET"], ["SELECT", "1"], ["MULTI"]],
+    ids=" ".join,
+)
+def test_nobody_changes_a_connection_that_a_mover_must_see(place: Place, words: list[str]) -> None:
+    """What would rename or change a shared connection is refused: no fence could find it then."""
+    router = begin(place)
+    router.set("k", "value")
+    with pytest.raises(UsageError, match="a client of your own"):
+        router.fanout().execute_command(*words)
+    with pytest.raises(UsageError):
+        router.execute_command(*words)
+    shift(router, FOUR)
+    assert router.get("k") == b"value"
+
+
 # Conversations
 
 
