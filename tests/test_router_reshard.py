@@ -30,6 +30,7 @@ from redishacks.router.commands import Gift, Layout
 from redishacks.router.legacy import KINDS
 from redishacks.router.placement import SlotTable
 from redishacks.router.reshard import Plan
+from redishacks.router.topology import Topology
 from redishacks.testing import Server, redis_server, valkey_server
 from tests import router_workers, workers
 from tests.helpers import eventually
@@ -1064,6 +1065,17 @@ def test_a_plan_says_what_will_move(place: Place, tmp_path: Path) -> None:
     progress = router.reshard(loaded, drain=DRAIN)
     assert progress.moved == len(will)
     settled(place)
+
+
+def test_what_is_stored_says_where_all_nodes_are(place: Place) -> None:
+    """After a move the nodes know the addresses of those that have keys by now, and no others."""
+    router = begin(place)
+    for nodes in (FOUR, ("b", "d")):
+        shift(router, nodes)
+        text: Any = place.raw("d").hget(OWN + b"node", "topology")
+        assert Topology.load(text).addresses == {
+            name: f"127.0.0.1:{place.servers[name].port}" for name in nodes
+        }
 
 
 def test_a_plan_that_is_out_of_date_is_refused(place: Place) -> None:

@@ -280,7 +280,10 @@ class Move:
         before = self._topology()
         version = before.version + 1
         since = version if before.state == CLOSING else before.since
-        topology = Topology(version, before.addresses, placement, state, target, since)
+        topology = Topology(version, {}, placement, state, target, since)
+        # Of nodes that were removed nothing is said any more; of those that were moved, where to.
+        addresses = {name: self._nodes.shown(name) for name in topology.nodes}
+        topology = topology._replace(addresses=addresses)
         for name in sorted(set(tell) | set(topology.nodes)):
             (outcome,) = yield from ask_all(
                 [self._layout.tell(self._nodes.open(name), topology, self._token)]

@@ -400,7 +400,7 @@ class Nodes:
                     f"keys: {self._why}"
                 )
             placement = self.wanted.fresh()
-            newest = Topology(1, {name: self._shown(name) for name in found}, placement)
+            newest = Topology(1, {name: self.shown(name) for name in found}, placement)
         behind = [
             name
             for name in sorted(newest.nodes)
@@ -429,7 +429,8 @@ class Nodes:
                 raise self._two(newest.version)
         return newest
 
-    def _shown(self, name: str) -> str:
+    def shown(self, name: str) -> str:
+        """Return where a node is, without credentials."""
         each = self._settings[name, _OPEN]
         host, port = each.address
         place = f"{host}:{port}" if port > 0 else host
