@@ -465,6 +465,64 @@ def killed_after(place: Place, at: int, directory: Path, deadline: float = 0.05)
     return True
 
 
+def followed_by_one_that_is_killed(place: Place, at: int, directory: Path) -> bool:
+    """Kill the mover that goes on when one was killed and a node was restarted empty.
+
+    Returns whether it lived to die.
+    """
+    router = begin(place, ("a", "b"))
+    values = load(router)
+    plan = router.plan(list(FOUR))
+    gone = {key for key in values if plan.new.node_for(key.encode()) == "d"}
+    names = [
+        key
+        for key in values
+        if plan.new.node_for(key.encode()) == "c" and router.node_for(key) == "a"
+    ][:5]
+    transit(router)
+    # As by a client that was killed between a take and a forget; others wrote after that.
+    layout, say, since = pulls(router)
+    raws = [name.encode() for name in names]
+    given = say("a", lambda node: layout.give(node, raws, since))
+    say("c", lambda node: layout.take(node, given.gifts, since))
+    for name in names:
+        place.raw("c").append(name, "+")
+    for key in sorted(gone)[:5]:  # these are on the node by then, and lost with it
+        router.get(key)
+        values.pop(key)
+    place.servers["d"].kill()
+    place.servers["d"].restart()
+    assert eventually(lambda: place.router().get("k0"))
+    process, pipe = mover(place, None, directory, at=at, take_over=True)
+    process.join(60)
+    died = process.exitcode != 0
+    assert died or pipe.recv()[1] is None
+    finish(router)
+    for key, value in values.items():
+        assert router.get(key) == (value + "+" * (key in names)).encode(), key
+    settled(place)
+    return died
+
+
+@pytest.mark.parametrize("at", [9, 11, 12])
+def test_a_second_mover_that_is_killed_too_leaves_nothing_undone(
+    place: Place, tmp_path: Path, at: int
+) -> None:
+    """One mover after the other is killed, and a node comes back empty: the third ends the move."""
+    assert followed_by_one_that_is_killed(place, at, tmp_path)
+
+
+@pytest.mark.slow
+def test_a_second_mover_that_is_killed_anywhere_leaves_nothing_undone(
+    place: Place, tmp_path: Path
+) -> None:
+    """The same, wherever the second one is killed."""
+    for at in itertools.count(1):
+        if not followed_by_one_that_is_killed(place, at, tmp_path):
+            break
+    assert at > 20
+
+
 @pytest.mark.slow
 def test_a_mover_that_is_killed_anywhere_leaves_nothing_undone(
     place: Place, tmp_path: Path
