@@ -41,7 +41,7 @@ from redishacks._transport._loss import Overtaken, Refused
 from redishacks._transport._observe import AsyncObserved, Hook, Observed
 from redishacks._transport._own import AsyncConversation, Conversation
 from redishacks._transport._registry import Either, registry
-from redishacks._transport._routes import PULL, WAIT, Routes, View
+from redishacks._transport._routes import PULL, WAIT, Routes, Table, View
 from redishacks._transport._settings import Settings
 from redishacks._transport._sync import SyncTransport
 from redishacks._transport._wire import Address, Form, Words, pack, pack_words
@@ -65,6 +65,7 @@ __all__ = [
     "Routes",
     "Settings",
     "SyncTransport",
+    "Table",
     "View",
     "Words",
     "connect",
@@ -117,14 +118,18 @@ def connect_async(client: Any, on_command: Hook | None = None) -> AsyncTransport
     return transport if on_command is None else AsyncObserved(transport, on_command)
 
 
-def connect_nodes(settings: Settings, routes: Routes) -> SyncTransport:
-    """Return a transport for several nodes; `settings` are those of any."""
-    return registry.add(SyncTransport(settings, routes))
+def connect_nodes(routes: Routes) -> SyncTransport:
+    """Return a transport for several nodes."""
+    return registry.add(SyncTransport(_any(routes), routes))
 
 
-def connect_nodes_async(settings: Settings, routes: Routes) -> AsyncTransport:
+def connect_nodes_async(routes: Routes) -> AsyncTransport:
     """The same for asyncio."""
-    return registry.add(AsyncTransport(settings, routes))
+    return registry.add(AsyncTransport(_any(routes), routes))
+
+
+def _any(routes: Routes) -> Settings:
+    return routes.settings(min(routes.nodes()), Settings())
 
 
 def read_settings(client: Any, *, asynchronous: bool) -> Settings:

@@ -323,7 +323,7 @@ class AsyncTransport:
 
     async def learn(self, deadline: float) -> None:
         """See that it is known who has which keys; raises what hinders it."""
-        if self._routes is not None and self._routes.view is None:
+        if self._routes is not None and (self._routes.view is None or self._routes.stale):
             talk: Talk[None] = self._talk((), deadline, monotonic())
             await self._prepare(self._site(), self._routes, talk)
 

@@ -316,7 +316,7 @@ class SyncTransport:
 
     def learn(self, deadline: float) -> None:
         """See that it is known who has which keys; raises what hinders it."""
-        if self._routes is not None and self._routes.view is None:
+        if self._routes is not None and (self._routes.view is None or self._routes.stale):
             self._prepare(self._routes, self._talk((), deadline, monotonic()))
 
     def converse(self, keys: Sequence[bytes], deadline: float) -> Conversation:

@@ -9,8 +9,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from redishacks._command import Command, Steps, ask_all
+from redishacks._clock import clock
+from redishacks._command import Command, Steps, ask_all, call
+from redishacks._transport import Overtaken
 from redishacks.errors import ServerError, UsageError
+from redishacks.router._core import Core, Said
+from redishacks.router._dialect import value_of
 
 #: Seconds of one word.
 _SLICE = 1.0
@@ -21,7 +25,29 @@ _FIRST = {b"BLMPOP", b"BZMPOP"}
 _OPTION = {b"XREAD", b"XREADGROUP"}
 
 
-class Wait:
+def wait(core: Core, said: Said, deadline: float) -> Steps[Any]:
+    """Say a call that waits, until there is something or its time is over."""
+    words, parse = said
+    command = yield from core.command(said)
+    what = _Wait((yield from _pinned(words, command.keys)))
+    end = None if what.patience is None else clock() + what.patience
+    while True:
+        talk = yield from call(core.transport.converse, command.keys, deadline)
+        try:
+            now, seconds = what.slice(None if end is None else end - clock())
+            began = clock()
+            (reply,) = yield from call(talk.ask, [now], seconds + deadline)
+        except Overtaken:
+            continue
+        finally:
+            talk.close()
+        if reply is None and clock() - began < seconds / 2:
+            core.routes.doubt()  # whoever moves keys has ended the wait
+        if reply is not None or (end is not None and clock() >= end):
+            return value_of(reply, parse)
+
+
+class _Wait:
     """A command that waits, and how long it still may."""
 
     def __init__(self, words: tuple[bytes, ...]) -> None:
@@ -50,7 +76,7 @@ class Wait:
         return tuple(words), seconds
 
 
-def pinned(words: tuple[bytes, ...], keys: Sequence[bytes]) -> Steps[tuple[bytes, ...]]:
+def _pinned(words: tuple[bytes, ...], keys: Sequence[bytes]) -> Steps[tuple[bytes, ...]]:
     """Return a call that means the same a second later: for `$` the id that is the last now."""
     if words[0].upper() != b"XREAD" or b"$" not in words[-len(keys) :]:
         return words

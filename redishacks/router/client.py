@@ -17,54 +17,45 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from time import monotonic
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
-import redis
 from redis.commands import AsyncCoreCommands, CoreCommands
 
 from redishacks._command import Command, Outcome, Steps
 from redishacks._drive import drive, drive_async
 from redishacks._slots import hash_tag, key_slot
 from redishacks._transport import (
-    AsyncConversation,
     AsyncTransport,
-    Conversation,
-    Overtaken,
-    Settings,
     SyncTransport,
     connect,
     connect_async,
     connect_nodes,
     connect_nodes_async,
-    read_settings,
 )
 from redishacks._units import Seconds, seconds
 from redishacks.errors import UsageError
-from redishacks.router._blocking import Wait, pinned, waits
-from redishacks.router._core import Core, Said
+from redishacks.router._blocking import wait, waits
+from redishacks.router._core import Core
 from redishacks.router._dialect import Dialect
+from redishacks.router._given import Node, dialect_of, read
 from redishacks.router._move import Move, Progress
 from redishacks.router._nodes import Nodes
 from redishacks.router.balance import Balance, measure
 from redishacks.router.batch import Batch
-from redishacks.router.commands import Layout
 from redishacks.router.fanout import AsyncFanout, Fanout
-from redishacks.router.placement import Placement, check_name, check_weights
+from redishacks.router.placement import Placement
 from redishacks.router.reshard import Plan, survey
 from redishacks.router.scan import Scan
 from redishacks.router.scripts import RouterScript
-from redishacks.router.topology import Wanted
-from redishacks.router.transaction import AsyncTransaction, Transaction, value_of, watch
+from redishacks.router.transaction import AsyncTransaction, Transaction, watch
 
 T = TypeVar("T")
+X = TypeVar("X", SyncTransport, AsyncTransport)
 
 #: Seconds for a survey of all nodes, and for one exchange of a move.
 _SURVEY, _MOVING = 600.0, 30.0
 #: Seconds that a call may take longer when its nodes must be asked again, and one took all.
 _GRACE = 0.05
-
-#: What a node may be given as: a URL, a client of redis-py, or {"url": …, "weight": …}.
-Node = Any
 
 
 class Explanation(NamedTuple):
@@ -84,12 +75,27 @@ class Explanation(NamedTuple):
         return f"{self.key!r}: slot {self.slot} {by}, on {self.node}"
 
 
-class _Base:
+class _Base(Generic[X]):
     """What both colours know without asking anybody."""
 
-    _core: Core
     #: redis-py's commands expect one; nobody listens.
     _event_dispatcher: Any = None
+
+    def _begin(self, transport: X, dialect: Dialect, deadline: Seconds) -> None:
+        self._transport: X = transport
+        self._core = Core(transport, dialect)
+        self._deadline = seconds(deadline, "deadline")
+
+    @property
+    def redishacks_transport(self) -> X:
+        """How commands reach the nodes: what every tool takes a router for."""
+        return self._transport
+
+    def register_script(self, script: str | bytes) -> RouterScript:
+        """Return a script to be called with keys: see `redishacks.router.scripts`."""
+        return RouterScript(
+            self._core, script, lambda command: self._transport.call(command, self._deadline)
+        )
 
     def slot(self, key: Any) -> int:
         """Return the slot of a key: what `CLUSTER KEYSLOT` says."""
@@ -144,7 +150,7 @@ class _Base:
         return move.run(plan.new, plan.version) if plan is not None else move.run(None)
 
 
-class Router(_Base, CoreCommands):
+class Router(_Base[SyncTransport], CoreCommands):  # type: ignore[misc]
     """redis-py's commands over several nodes; threads, greenlets and forked children may share it.
 
     - `nodes`: names, and for each a URL, a `redis.Redis`, or `{"url": …, "weight": …}` with either.
@@ -167,29 +173,18 @@ class Router(_Base, CoreCommands):
         deadline: Seconds = 1.0,
         prefix: str = "rh",
     ) -> None:
-        routes, dialect = _read(nodes, placement, prefix, asynchronous=False)
-        settings = routes.settings(next(iter(sorted(routes.nodes()))), Settings())
-        self._begin(connect_nodes(settings, routes), dialect, deadline)
+        routes, dialect = read(nodes, placement, prefix, asynchronous=False)
+        self._begin(connect_nodes(routes), dialect, deadline)
 
     @classmethod
     def over(cls, cluster: Any, *, deadline: Seconds = 1.0) -> Router:
         """Return a router over a `redis.RedisCluster`: its nodes say who has which keys."""
+        router = cls.__new__(cls)
         transport = connect(cluster).bare
         if not transport.sharded:
             raise UsageError("Router.over takes a redis.RedisCluster")
-        router = cls.__new__(cls)
-        router._begin(transport, _dialect_of(cluster), deadline)
+        router._begin(transport, dialect_of(cluster), deadline)
         return router
-
-    def _begin(self, transport: SyncTransport, dialect: Dialect, deadline: Seconds) -> None:
-        self._transport = transport
-        self._core = Core(transport, dialect)
-        self._deadline = seconds(deadline, "deadline")
-
-    @property
-    def redishacks_transport(self) -> SyncTransport:
-        """How commands reach the nodes: what every tool takes a router for."""
-        return self._transport
 
     def connect(self) -> None:
         """Learn who has which keys; the first call does so by itself."""
@@ -203,25 +198,8 @@ class Router(_Base, CoreCommands):
             return self._transport.call(command, self._deadline)
         said = core.say(args, options)
         if waits(said[0]):
-            return self._wait(said)
+            return drive(wait(core, said, self._deadline), self._transport, self._deadline)
         return self._drive(core.run(said), self._deadline)
-
-    def _wait(self, said: Said) -> Any:
-        words, parse = said
-        command = self._drive(self._core.command(said), self._deadline)
-        wait = Wait(self._drive(pinned(words, command.keys), self._deadline))
-        end = None if wait.patience is None else monotonic() + wait.patience
-        while True:
-            talk = self._transport.converse(command.keys, self._deadline)
-            try:
-                said_now, seconds = wait.slice(None if end is None else end - monotonic())
-                (reply,) = talk.ask([said_now], seconds + self._deadline)
-            except Overtaken:
-                continue
-            finally:
-                talk.close()
-            if reply is not None or (end is not None and monotonic() >= end):
-                return value_of(reply, parse)
 
     def scan_iter(
         self, match: Any = None, count: int | None = None, _type: str | None = None, **more: Any
@@ -230,12 +208,6 @@ class Router(_Base, CoreCommands):
         scan = Scan(self._core, match, count, _type)
         while (keys := self._drive(scan.page(), self._deadline)) is not None:
             yield from keys
-
-    def register_script(self, script: str | bytes) -> RouterScript:  # type: ignore[override]
-        """Return a script to be called with keys: see `redishacks.router.scripts`."""
-        return RouterScript(
-            self._core, script, lambda command: self._transport.call(command, self._deadline)
-        )
 
     @contextmanager
     def map(self, *, deadline: Seconds | None = None, on_error: str = "raise") -> Iterator[Batch]:
@@ -306,42 +278,14 @@ class Router(_Base, CoreCommands):
         See `redishacks.router.transaction`. All keys are on one node. Raises `WatchError` when a
         watched key was changed, and `BatchError` when commands failed after others were done.
         """
-        core = self._core
-        if not keys:
-            queue = Transaction(core, None, self._deadline)
-            yield queue
-            if len(queue):
-                command = self._drive(queue.as_command(), self._deadline)
-                self._transport.call(command, self._deadline)
-                queue.check()
-            return
-        raws = [core.dialect.encode(key) for key in keys]
-        talk = self._watch(raws)
-        done = False
+        watched = [self._core.dialect.encode(key) for key in keys]
+        talk = self._drive(watch(self._core, watched, self._deadline), self._deadline)
+        queue = Transaction(self._core, watched, talk, self._deadline)
         try:
-            queue = Transaction(core, talk, self._deadline)
             yield queue
-            if len(queue):
-                command = self._drive(queue.as_command(), self._deadline)
-                core.together((*raws, *command.keys))
-                replies = talk.ask(queue.words(), self._deadline)
-                done = True
-                queue.hear(replies)
-                queue.check()
+            self._drive(queue.commit(), self._deadline)
         finally:
-            talk.close(keep=done)  # else it would go on watching
-
-    def _watch(self, keys: Sequence[bytes]) -> Conversation:
-        end = monotonic() + self._deadline
-        while True:
-            talk = self._transport.converse(keys, end - monotonic())
-            try:
-                value_of((talk.ask(watch(keys), self._deadline))[0], bool)
-                return talk
-            except BaseException as error:
-                talk.close(keep=False)
-                if not isinstance(error, Overtaken) or monotonic() >= end:
-                    raise
+            queue.leave()
 
     def close(self) -> None:
         """Close idle connections; the next call opens new ones."""
@@ -355,7 +299,7 @@ class Router(_Base, CoreCommands):
             self.connect()
 
 
-class AsyncRouter(_Base, AsyncCoreCommands):  # type: ignore[misc]
+class AsyncRouter(_Base[AsyncTransport], AsyncCoreCommands):  # type: ignore[misc]
     """`Router` for asyncio; before `node_for` and `explain` comes `await router.connect()`."""
 
     def __init__(
@@ -366,29 +310,18 @@ class AsyncRouter(_Base, AsyncCoreCommands):  # type: ignore[misc]
         deadline: Seconds = 1.0,
         prefix: str = "rh",
     ) -> None:
-        routes, dialect = _read(nodes, placement, prefix, asynchronous=True)
-        settings = routes.settings(next(iter(sorted(routes.nodes()))), Settings())
-        self._begin(connect_nodes_async(settings, routes), dialect, deadline)
+        routes, dialect = read(nodes, placement, prefix, asynchronous=True)
+        self._begin(connect_nodes_async(routes), dialect, deadline)
 
     @classmethod
     def over(cls, cluster: Any, *, deadline: Seconds = 1.0) -> AsyncRouter:
         """Return a router over a `redis.asyncio.RedisCluster`."""
+        router = cls.__new__(cls)
         transport = connect_async(cluster).bare
         if not transport.sharded:
             raise UsageError("AsyncRouter.over takes a redis.asyncio.RedisCluster")
-        router = cls.__new__(cls)
-        router._begin(transport, _dialect_of(cluster), deadline)
+        router._begin(transport, dialect_of(cluster), deadline)
         return router
-
-    def _begin(self, transport: AsyncTransport, dialect: Dialect, deadline: Seconds) -> None:
-        self._transport = transport
-        self._core = Core(transport, dialect)
-        self._deadline = seconds(deadline, "deadline")
-
-    @property
-    def redishacks_transport(self) -> AsyncTransport:
-        """How commands reach the nodes: what every tool takes a router for."""
-        return self._transport
 
     async def connect(self) -> None:
         """Learn who has which keys; the first call does so by itself."""
@@ -402,27 +335,12 @@ class AsyncRouter(_Base, AsyncCoreCommands):  # type: ignore[misc]
             return await self._transport.call(command, self._deadline)
         said = core.say(args, options)
         if waits(said[0]):
-            return await self._wait(said)
+            return await drive_async(
+                wait(core, said, self._deadline), self._transport, self._deadline
+            )
         return await self._drive(core.run(said), self._deadline)
 
-    async def _wait(self, said: Said) -> Any:
-        words, parse = said
-        command = await self._drive(self._core.command(said), self._deadline)
-        wait = Wait(await self._drive(pinned(words, command.keys), self._deadline))
-        end = None if wait.patience is None else monotonic() + wait.patience
-        while True:
-            talk = await self._transport.converse(command.keys, self._deadline)
-            try:
-                said_now, seconds = wait.slice(None if end is None else end - monotonic())
-                (reply,) = await talk.ask([said_now], seconds + self._deadline)
-            except Overtaken:
-                continue
-            finally:
-                talk.close()
-            if reply is not None or (end is not None and monotonic() >= end):
-                return value_of(reply, parse)
-
-    async def scan_iter(
+    async def scan_iter(  # type: ignore[override]
         self, match: Any = None, count: int | None = None, _type: str | None = None, **more: Any
     ) -> AsyncIterator[Any]:
         """Return all keys of all nodes, some at a time: see `redishacks.router.scan`."""
@@ -430,12 +348,6 @@ class AsyncRouter(_Base, AsyncCoreCommands):  # type: ignore[misc]
         while (keys := await self._drive(scan.page(), self._deadline)) is not None:
             for key in keys:
                 yield key
-
-    def register_script(self, script: str | bytes) -> RouterScript:  # type: ignore[override]
-        """Return a script to be called with keys: see `redishacks.router.scripts`."""
-        return RouterScript(
-            self._core, script, lambda command: self._transport.call(command, self._deadline)
-        )
 
     @asynccontextmanager
     async def map(
@@ -498,42 +410,14 @@ class AsyncRouter(_Base, AsyncCoreCommands):  # type: ignore[misc]
         See `redishacks.router.transaction`. All keys are on one node. Raises `WatchError` when a
         watched key was changed, and `BatchError` when commands failed after others were done.
         """
-        core = self._core
-        if not keys:
-            queue = AsyncTransaction(core, None, self._deadline)
-            yield queue
-            if len(queue):
-                command = await self._drive(queue.as_command(), self._deadline)
-                await self._transport.call(command, self._deadline)
-                queue.check()
-            return
-        raws = [core.dialect.encode(key) for key in keys]
-        talk = await self._watch(raws)
-        done = False
+        watched = [self._core.dialect.encode(key) for key in keys]
+        talk = await self._drive(watch(self._core, watched, self._deadline), self._deadline)
+        queue = AsyncTransaction(self._core, watched, talk, self._deadline)
         try:
-            queue = AsyncTransaction(core, talk, self._deadline)
             yield queue
-            if len(queue):
-                command = await self._drive(queue.as_command(), self._deadline)
-                core.together((*raws, *command.keys))
-                replies = await talk.ask(queue.words(), self._deadline)
-                done = True
-                queue.hear(replies)
-                queue.check()
+            await self._drive(queue.commit(), self._deadline)
         finally:
-            talk.close(keep=done)  # else it would go on watching
-
-    async def _watch(self, keys: Sequence[bytes]) -> AsyncConversation:
-        end = monotonic() + self._deadline
-        while True:
-            talk = await self._transport.converse(keys, end - monotonic())
-            try:
-                value_of((await talk.ask(watch(keys), self._deadline))[0], bool)
-                return talk
-            except BaseException as error:
-                talk.close(keep=False)
-                if not isinstance(error, Overtaken) or monotonic() >= end:
-                    raise
+            queue.leave()
 
     async def aclose(self) -> None:
         """Close this loop's connections; the next call opens new ones."""
@@ -607,70 +491,3 @@ def _raises(on_error: str) -> bool:
     if on_error not in ("raise", "return"):
         raise UsageError(f'on_error is "raise" or "return", not {on_error!r}')
     return on_error == "raise"
-
-
-def _dialect_of(cluster: Any) -> Dialect:
-    options = cluster.get_connection_kwargs()
-    known = ("protocol", "decode_responses", "encoding", "encoding_errors")
-    given = {name: options[name] for name in known if options.get(name) is not None}
-    return Dialect(redis.Redis(**given))
-
-
-def _read(
-    nodes: Mapping[str, Node] | Iterable[tuple[str, Node]],
-    placement: Placement | None,
-    prefix: str,
-    *,
-    asynchronous: bool,
-) -> tuple[Nodes, Dialect]:
-    pairs = _pairs(nodes)
-    settings: dict[str, Settings] = {}
-    weights: dict[str, Any] = {}
-    dialects: list[Dialect] = []
-    for name, given in pairs:
-        if check_name(name) in settings:
-            raise UsageError(f"node {name} is given twice")
-        client = given
-        if isinstance(given, Mapping):
-            if unknown := given.keys() - {"url", "weight"}:
-                shown = ", ".join(sorted(map(str, unknown)))
-                raise UsageError(f"node {name}: url and weight, not {shown}")
-            if "url" not in given:
-                raise UsageError(f"node {name}: its url is missing")
-            client = given["url"]
-            if "weight" in given:
-                weights[name] = given["weight"]
-        try:
-            settings[name] = read_settings(client, asynchronous=asynchronous)
-        except UsageError as error:
-            raise UsageError(f"node {name}: {error}") from None
-        dialects.append(Dialect(client))
-    check_weights({name: weights.get(name, 1) for name in settings})
-    if (
-        len({dialect.decodes for dialect in dialects}) > 1
-        or len({each.protocol for each in settings.values()}) > 1
-    ):
-        raise UsageError("all nodes must have the same protocol and decode_responses")
-    if placement is not None:
-        _check_placement(placement, settings)
-        if weights:
-            raise UsageError("with a placement of your own, that is where weights are given")
-    wanted = Wanted(tuple(sorted(settings)), weights, placement)
-    return Nodes(settings, wanted, Layout(prefix)), dialects[0]
-
-
-def _pairs(nodes: Any) -> list[tuple[Any, Node]]:
-    if isinstance(nodes, Mapping):
-        return list(nodes.items())
-    if not isinstance(nodes, str | bytes) and isinstance(nodes, Iterable):
-        pairs = list(nodes)
-        if all(isinstance(pair, tuple | list) and len(pair) == 2 for pair in pairs):
-            return [(name, given) for name, given in pairs]
-    raise UsageError('a router takes names and for each a node: {"a": "redis://…"}, or pairs')
-
-
-def _check_placement(placement: Placement, settings: Mapping[str, Settings]) -> None:
-    if isinstance(placement, type) or not hasattr(placement, "node_for"):
-        raise UsageError("a placement is SlotTable.fresh({…}), or one of redishacks.router.legacy")
-    if missing := sorted(set(placement.nodes) - settings.keys()):
-        raise UsageError(f"the placement has node {missing[0]}, which is not given")

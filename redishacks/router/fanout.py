@@ -62,7 +62,7 @@ class _Fanout:
         finally:
             results.end()
         if results.errors:
-            raise BatchError([Reply(results, place) for place in range(len(names))])
+            raise BatchError([Reply.of(results, place) for place in range(len(names))])
         return dict(zip(names, results.values, strict=True))
 
 
