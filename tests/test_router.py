@@ -383,6 +383,40 @@ def test_scripts_run_where_their_keys_are(backend: Backend, prefix: str) -> None
     assert counts == dict.fromkeys(backend.servers, 2)
 
 
+@pytest.mark.parametrize("decode", [False, True])
+def test_registered_scripts(backend: Backend, valkey: Server, prefix: str, decode: bool) -> None:
+    """A registered script is as redis-py's, on nodes that know it and on those that do not."""
+    router = backend.router(decode_responses=decode)
+    keys = backend.keys(prefix)
+    source = "return {redis.call('INCRBY', KEYS[1], ARGV[1]), ARGV[2], KEYS[2], false}"
+    script = router.register_script(source)
+    with valkey.client(decode_responses=decode) as plain:
+        theirs = plain.register_script(source)
+        assert script.sha == theirs.sha
+        for _ in range(2):
+            for key in keys:
+                args = [f"{{{key}}}n", f"{{{key}}}other"], [5, "é"]
+                assert backend.colour.run(script(*args)) == theirs(*args)
+            for server in backend.servers.values():
+                with server.client() as admin:
+                    admin.script_flush()
+        with router.map(on_error="return") as m:
+            replies = [
+                script(keys=[f"{{{key}}}n", f"{{{key}}}other"], args=[1, "x"], client=m)
+                for key in keys
+            ]
+            apart = script(keys=keys[:2], args=[1], client=m)
+            wrong = script(keys=[f"{{{keys[0]}}}n", keys[0]], args=["x", 1], client=m)
+        for key, reply in zip(keys, replies, strict=True):
+            assert reply.value == theirs([f"{{{key}}}n", f"{{{key}}}other"], [1, "x"])
+    assert isinstance(apart.error, CrossNodeError)
+    assert isinstance(wrong.error, ServerError)
+    with pytest.raises(CrossNodeError):
+        backend.colour.run(script(keys=keys))
+    with pytest.raises(UsageError, match="without keys"):
+        backend.colour.run(script())
+
+
 # Keys, and why they are where they are
 
 
