@@ -1002,6 +1002,33 @@ def test_a_newer_table_is_learned(colour: Routers, empty: dict[str, Server], pre
         assert "rh-2" in names
 
 
+def test_a_node_that_refuses_for_now(
+    colour: Routers, empty: dict[str, Server], prefix: str
+) -> None:
+    """Of what a node refuses and has not done, the error names it; the others go on."""
+    router = colour.router(urls(empty, "abc"), deadline=0.5)
+    router.connect()
+    a, b, _ = spread(router, prefix, "abc")
+    router.mset({a: 1, b: 1})
+    for _ in range(2):
+        assert router.incr(a)
+    with empty["a"].client() as admin:
+        admin.config_set("maxmemory", 1)
+        with pytest.raises(UnavailableError, match=r"SET on a: OOM"):
+            router.set(a, 2)
+        admin.config_set("maxmemory", 0)
+        admin.replicaof("127.0.0.1", "1")
+        try:
+            for _ in range(2):
+                with pytest.raises(UnavailableError, match="READONLY"):
+                    router.set(a, 2)
+                assert router.set(b, 2)
+        finally:
+            admin.replicaof("NO", "ONE")
+        assert eventually(partial(answers, router.set, a, 3))
+        assert admin.get(a) == b"3"
+
+
 def test_two_databases_of_one_server(colour: Routers, empty: dict[str, Server]) -> None:
     """Databases of one server are nodes as well."""
     router = colour.router({"a": f"{empty['a'].url}/0", "b": f"{empty['a'].url}/1"})
