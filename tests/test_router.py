@@ -909,10 +909,13 @@ def test_a_known_node_is_away(colour: Routers, empty: dict[str, Server], prefix:
         assert eventually(partial(answers, router.incr, c)) == 1
 
 
-def test_a_node_that_was_emptied(colour: Routers, empty: dict[str, Server], prefix: str) -> None:
+def test_a_node_that_was_emptied(
+    colour: Routers, empty: dict[str, Server], prefix: str, caplog: pytest.LogCaptureFixture
+) -> None:
     """It is told again by who notices, and serves again; not one call fails meanwhile."""
     router = colour.router(urls(empty, "abc"))
     router.connect()
+    assert caplog.messages == []
     a, b, _ = spread(router, prefix, "abc")
     known = stamps(empty)
     router.mset({a: 1, b: 1})
@@ -922,6 +925,8 @@ def test_a_node_that_was_emptied(colour: Routers, empty: dict[str, Server], pref
     assert fresh.get(a) is None
     assert fresh.get(b) == b"1"
     assert stamps(empty) == known
+    (warned,) = caplog.messages
+    assert "node a had no stamp" in warned
     with empty["a"].client() as admin:
         admin.flushall()
     counts: list[int] = []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import random
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -636,6 +637,34 @@ def test_what_must_be_said_again(
             *[b"given"] * 8, "WRONGTYPE", *[True] * 8, *[b"other"] * 8, 6, b"other!",
         ], name  # fmt: skip
     assert {ended(reply) for reply in replies["c"]} <= {UnavailableError, MaybeAppliedError}
+
+
+def test_the_first_batch_of_a_router(
+    colour: Routers, behind: Behind, prefix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What must be learned once is learned from a node that answers, whichever is asked first."""
+    monkeypatch.setattr(client, "_GRACE", 5.0)  # for machines that are busy
+    keys, _ = ready(colour, behind, prefix)
+    router = colour.router(behind.nodes(), deadline=DEADLINE)
+    with router.map() as m:
+        for some in keys.values():
+            m.get(some[0])
+    for name in "ac":
+        monkeypatch.setattr(random, "choice", partial(picked, name))
+        behind.proxies[name].stall()
+        with router.map(on_error="return") as m:
+            replies = {other: m.incr(some[0]) for other, some in keys.items()}
+        assert all(reply.error is None for other, reply in replies.items() if other != name)
+        behind.heal()
+        router = colour.router(behind.nodes(), deadline=DEADLINE)
+        with router.map() as m:
+            for some in keys.values():
+                m.get(some[0])
+
+
+def picked(name: str, some: Sequence[Any]) -> Any:
+    """Choose a node if it is there, and otherwise any."""
+    return next((one for one in some if one[0] == name), some[0])
 
 
 def test_a_hung_node_is_not_told_more(colour: Routers, behind: Behind, prefix: str) -> None:
