@@ -883,7 +883,7 @@ def tags(backend: Backend, prefix: str) -> list[str]:
 
 
 @settings(
-    max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(batches=st.lists(st.lists(WORDS, min_size=5, max_size=40), min_size=1, max_size=2))
 def test_a_batch_is_as_said_one_at_a_time(
