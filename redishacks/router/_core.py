@@ -30,7 +30,7 @@ from redishacks.router.replies import PENDING, Results
 _SPLIT = {b"MGET": MGET, b"MSET": SET, **{kind.encode(): kind for kind in SUMS}}
 #: What any node may be asked.
 _ANYWHERE = {b"PING", b"ECHO", b"TIME", b"COMMAND", b"EVAL", b"EVAL_RO"}
-_COMMAND: Command[KeySpecs] = Command(("COMMAND",), parse=KeySpecs, repeatable=True, bulk=True)
+_COMMAND: Command[Any] = Command(("COMMAND",), repeatable=True, bulk=True)
 
 #: Seconds for learning who has which keys.
 _LEARNING = 1.0
@@ -124,12 +124,22 @@ class Core:
             return Call(SET, Command(words, words[1:2], parse), words[2])
         return Call(OTHER, (yield from self.command(said)))
 
+    def _learn_specs(self) -> Steps[None]:
+        """Ask what is a key in which command."""
+        (outcome,) = yield from ask_all([_COMMAND])
+        if isinstance(outcome.error, UnavailableError) and self.routes.view is not None:
+            (outcome,) = yield from ask_all([_COMMAND])  # of a node that answers
+        reply = outcome.result()
+        if self.specs is None:  # many may have asked at once, and it takes a while to read
+            self.specs = KeySpecs(reply)
+
     def command(self, said: Said) -> Steps[Command[Any]]:
         """Return a call as one command; asks a node which of its words are keys, if it must."""
         words, parse = said
         if self.specs is None:
-            self.specs = yield from ask(_COMMAND)
+            yield from self._learn_specs()
         specs = self.specs
+        assert specs is not None
         keys = specs.keys(words)
         if keys is None:
             question = Command[Any]((b"COMMAND", b"GETKEYS", *words), repeatable=True)
