@@ -14,13 +14,15 @@ token is on the node that hears it.
 
 from __future__ import annotations
 
+import itertools
 import secrets
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 from redishacks._clock import clock
-from redishacks._command import Command, Outcome, Sleep, Steps, ask_all
-from redishacks._transport import Address
+from redishacks._command import Ask, Command, Outcome, Sleep, Steps, ask_all
+from redishacks._slots import at_slots
+from redishacks._transport import Address, Overtaken
 from redishacks.errors import UnavailableError, UsageError
 from redishacks.router._nodes import Nodes, address
 from redishacks.router.commands import Gift
@@ -33,7 +35,8 @@ T = TypeVar("T")
 _TTL, _RENEW = 10.0, 2.0
 #: Seconds between two looks at the connections that are still to go.
 _LOOK = 0.02
-#: Keys of one script.
+#: Seconds' worth of keys of one script, where there is a rate; and how many at most.
+_MOMENT = 0.1
 _BATCH = 500
 _SCAN = 1_000
 #: Scans of a node: one, and another for each client that was killed in the middle of a pull.
@@ -160,58 +163,69 @@ class Move:
         """Move every key over, until a scan of all nodes was whole and nothing is aside."""
         for name in old.nodes:
             for _ in range(_SCANS):
-                yield from self._scan(name, old, new)
+                yield from self._carry(name, [], b"0", old, new)
                 (aside,) = yield from self._each(self._layout.given, among=[name])
                 if not aside:
                     break
                 # Somebody was in the middle of it, or was killed there.
-                yield from self._carry(name, aside, new)
+                yield from self._carry(name, aside, None, old, new)
             else:
                 raise UnavailableError(f"node {name}: keys are set aside all the time")
 
-    def _scan(self, name: str, old: Placement, new: Placement) -> Steps[None]:
-        cursor = b"0"
-        began = clock()
-        moved = self._moved
-        while True:
-            (found,) = yield from self._say([self._layout.scan(address(name), cursor, _SCAN)])
-            cursor, keys = found
-            self._seen += len(keys)
-            moving = [
-                key for key in keys if old.node_for(key) == name and new.node_for(key) != name
+    def _carry(
+        self,
+        name: str,
+        waiting: Sequence[bytes],
+        cursor: bytes | None,
+        old: Placement,
+        new: Placement,
+    ) -> Steps[None]:
+        """Move keys of a node: those that are waiting, and what a scan finds from its cursor on.
+
+        In each exchange some are found, those found before are given, those given before are taken,
+        and those whose taking was answered are forgotten: the nodes work at the same time.
+        """
+        layout, version, token = self._layout, self._topology().version, self._token
+        at, leaving = address(name), _leaving(name, old, new)
+        some = _BATCH if self._rate is None else max(1, min(_BATCH, round(self._rate * _MOMENT)))
+        given: list[Gift] = []
+        taken: list[bytes] = []
+        began, before = clock(), self._moved
+        while waiting or given or taken or cursor is not None:
+            asked, waiting = waiting[:some], waiting[some:]
+            scans = [layout.scan(at, cursor, _SCAN)] if cursor is not None and not waiting else []
+            forgets = [layout.forget(at, taken)] if taken else []
+            gives = [layout.give(at, asked, token)] if asked else []
+            takes = [
+                layout.take(node, gifts, version, token) for node, gifts in _sorted(given, new)
             ]
-            for start in range(0, len(moving), _BATCH):
-                yield from self._carry(name, moving[start : start + _BATCH], new)
+            replies = iter((yield from self._say([*forgets, *scans, *gives, *takes])))
+            for _ in forgets:
+                next(replies)
+                self._moved += len(taken)
+            for _ in scans:
+                cursor, keys = next(replies)
+                cursor = cursor if cursor != b"0" else None
+                # It has those too that are set aside just now.
+                busy = {*asked, *(gift.key for gift in given)}
+                waiting = [key for key in leaving(keys) if key not in busy]
+                self._seen += len(keys)
+            gifts = next(replies) if gives else []
+            if not all(replies):
+                yield from self._renew(now=True)  # raises, if that is why
+                raise UnavailableError(
+                    "a node has lost what it knew of the move, perhaps it was restarted empty: go "
+                    "on with the move once more"
+                )
+            if gifts is None:
+                raise self._overtaken()
+            taken, given = [gift.key for gift in given], gifts
             self._tell(TRANSIT)
             yield from self._renew()
             if self._rate:
-                ahead = (self._moved - moved) / self._rate - (clock() - began)
+                ahead = (self._moved - before) / self._rate - (clock() - began)
                 if ahead > 0:
                     yield Sleep(min(ahead, _RENEW))
-            if cursor == b"0":
-                return
-
-    def _carry(self, name: str, keys: Sequence[bytes], new: Placement) -> Steps[None]:
-        """Move some keys of a node: give, take, forget."""
-        layout, version = self._layout, self._topology().version
-        (gifts,) = yield from self._say([layout.give(address(name), keys, self._token)])
-        if gifts is None:
-            raise self._overtaken()
-        groups: dict[Address, list[Gift]] = {}
-        for gift in gifts:
-            groups.setdefault(address(new.node_for(gift.key)), []).append(gift)
-        taken = yield from self._say(
-            [layout.take(node, some, version, self._token) for node, some in groups.items()]
-        )
-        if not all(taken):
-            yield from self._renew(now=True)  # raises, if that is why
-            raise UnavailableError(
-                "a node has lost what it knew of the move, perhaps it was restarted empty: go on "
-                "with the move once more"
-            )
-        if gifts:
-            yield from self._say([layout.forget(address(name), [gift.key for gift in gifts])])
-        self._moved += len(gifts)
 
     # What all movers need
 
@@ -300,6 +314,29 @@ class Move:
         commands = [make(self._nodes.open(name), *args, **more) for name in self._names]
         return (yield from ask_all(commands))
 
-    def _say(self, commands: Sequence[Command[T]]) -> Steps[list[T]]:
-        outcomes = (yield from ask_all(commands)) if commands else []
+    def _say(self, commands: Sequence[Command[Any]]) -> Steps[list[Any]]:
+        """Say commands for nodes, unless somebody else has published another version by now."""
+        outcomes: list[Outcome[Any]] = yield Ask(commands, self._nodes.view)
+        if any(isinstance(outcome.error, Overtaken) for outcome in outcomes):
+            raise self._overtaken()
         return [outcome.result() for outcome in outcomes]
+
+
+def _leaving(
+    name: str, old: Placement, new: Placement
+) -> Callable[[Sequence[bytes]], Sequence[bytes]]:
+    """Return what picks the keys that are to leave a node."""
+    if isinstance(old, SlotTable) and isinstance(new, SlotTable):
+        leaves = [was == name != will for was, will in zip(old.by_slot, new.by_slot, strict=True)]
+        return lambda keys: list(itertools.compress(keys, at_slots(keys, leaves)))
+    return lambda keys: [
+        key for key in keys if old.node_for(key) == name and new.node_for(key) != name
+    ]
+
+
+def _sorted(gifts: Iterable[Gift], new: Placement) -> Iterable[tuple[Address, list[Gift]]]:
+    """Return gifts by the node that is to take them."""
+    groups: dict[Address, list[Gift]] = {}
+    for gift in gifts:
+        groups.setdefault(address(new.node_for(gift.key)), []).append(gift)
+    return groups.items()
