@@ -18,7 +18,7 @@ import redis.asyncio
 from redishacks._slots import key_slot
 from redishacks.router import AsyncRouter, Router
 from redishacks.testing import Cluster, Server, valkey_server
-from tests.helpers import Colour
+from tests.helpers import Colour, Facade
 
 #: Seconds that a call may take where nothing is wrong, on a machine that is busy.
 PATIENT = 20.0
@@ -90,6 +90,16 @@ class Routers(Colour):
         self._clients.append(client)
         return self._kept(router)
 
+    def tool(self, module: Any, kind: str, *args: Any, **options: Any) -> Any:
+        """Return a tool of this colour, by what it is called when it is not for asyncio."""
+        if self._runner:
+            return Facade(getattr(module, f"Async{kind}")(*args, **options), self._runner)
+        return getattr(module, kind)(*args, **options)
+
+    def listed(self, made: Any) -> list[Any]:
+        """Return all that is iterated over."""
+        return self._runner.run(_all_of(made)) if self._runner else list(made)
+
     def run(self, made: Any) -> Any:
         """Return what is awaited, or what is there already."""
         if self._runner and inspect.isawaitable(made):
@@ -152,6 +162,20 @@ class Backend:
     def servers(self) -> dict[str, Server]:
         """Return the servers by what a router calls them."""
         return self.place.servers
+
+    def client(self, **options: Any) -> Any:
+        """Return a fresh router as tools take it."""
+        router = self.router(**options)
+        return router.target if isinstance(router, Face) else router
+
+    def holders(self, pattern: str) -> set[str]:
+        """Return the names of the servers that have a key like this."""
+        found = set()
+        for name, server in self.servers.items():
+            with server.client() as client:
+                if next(client.scan_iter(pattern, count=1000), None) is not None:
+                    found.add(name)
+        return found
 
     def keys(self, prefix: str, each: int = 1) -> list[str]:
         """Return keys of which every server has so many, in turn."""

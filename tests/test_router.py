@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from redishacks import locks, ratelimit, timeseries
 from redishacks.errors import (
     CrossNodeError,
     RedisHacksError,
@@ -28,8 +30,19 @@ from redishacks.router import AsyncRouter, Router
 from redishacks.router.placement import SlotTable
 from redishacks.router.topology import Topology
 from redishacks.testing import Cluster, FaultProxy, Server
-from tests.helpers import eventually
-from tests.router_kit import Backend, Face, Place, Routers, clustered, kind, nodes, shown, spread
+from tests.helpers import MemorySink, eventually
+from tests.router_kit import (
+    PATIENT,
+    Backend,
+    Face,
+    Place,
+    Routers,
+    clustered,
+    kind,
+    nodes,
+    shown,
+    spread,
+)
 
 
 @pytest.fixture
@@ -235,7 +248,6 @@ def said(r: Any, k: str) -> dict[str, Callable[[], Any]]:
         "pfmerge": lambda: r.pfmerge(f"{g}q", f"{g}p"),
         # Scripts
         "eval": lambda: r.eval("return {KEYS[1], ARGV[1], 7, false}", 1, s, "é"),
-        "eval no keys": lambda: r.eval("return ARGV[1]", 0, "x"),
         "eval error": lambda: r.eval("return redis.call('INCR', KEYS[1])", 1, l),
         "evalsha none": lambda: r.evalsha("0" * 40, 1, s),
         # Without keys, and mistakes
@@ -985,3 +997,116 @@ def test_passwords_are_in_no_message(colour: Routers, empty: dict[str, Server]) 
                 assert "secret" not in repr(router)
         finally:
             admin.acl_deluser("poor")
+
+
+# Other tools take a router as their client
+
+
+def test_counters(backend: Backend, prefix: str) -> None:
+    """One hot counter is spread over all nodes, and a flush collects what each of them has."""
+    colour = backend.colour
+    hits = colour.counter(backend.client(), "hits", prefix=prefix, partitions=8)
+    for n in range(100):
+        hits.incr(f"/{n}", n)
+    hits.incr_many({f"/{n}": 1 for n in range(200)})
+    assert backend.holders(f"{prefix}:c1:*") == set(backend.servers)
+    other = colour.counter(backend.client(), "hits", prefix=prefix, partitions=8, linger=30)
+    other.incr("/99")
+    other.close()
+    assert hits.pending("/99") == 101
+    assert other.top(1) == [("/99", 101)]
+    sink = MemorySink()
+    report = colour.job(other, sink, chunk=7).run()
+    assert (report.amount, report.rows) == (sum(range(100)) + 201, 200)
+    assert sum(row["amount"] for row in sink.rows.values()) == report.amount
+    assert hits.pending("/99") == 0
+
+
+def test_rate_limits(backend: Backend, prefix: str) -> None:
+    """Each key's limit is kept on its node, and is the same for all clients."""
+    limit = ratelimit.Limit(3, 3600)
+    first, second = (
+        backend.colour.limiter(backend.client(), "api", limit, prefix=prefix, deny_cache=False)
+        for _ in range(2)
+    )
+    keys = [f"user:{n}" for n in range(40)]
+    assert all(decision.allowed for decision in first.hit_many(keys))
+    assert backend.holders(f"{prefix}:*") == set(backend.servers)
+    for key in keys[:5]:
+        assert [limiter.hit(key).remaining for limiter in (second, first)] == [1, 0]
+        assert not second.hit(key).allowed
+    assert second.peek(keys[9]).remaining == 2
+
+
+def test_locks(backend: Backend, prefix: str) -> None:
+    """A lock is held on its node, and whoever waits for it is woken up when it is given back."""
+    colour = backend.colour
+    names = [f"lock:{n}" for n in range(20)]
+    options: Any = {"prefix": prefix, "ttl": 60}
+    held = [
+        colour.tool(locks, "Lock", backend.client(), name, **options).acquire() for name in names
+    ]
+    assert backend.holders(f"{prefix}:*") == set(backend.servers)
+    for name in names:
+        with pytest.raises(locks.LockedError):
+            colour.tool(locks, "Lock", backend.client(), name, **options).acquire()
+    for each in held:
+        colour.run(each.release())
+
+
+def hand_over(backend: Backend, prefix: str, name: str) -> None:
+    """Let two hold a lock in turn, ten times each; nobody waits for a lease to end."""
+    order: list[str] = []
+    options: Any = {"prefix": prefix, "ttl": 60, "wait": 30}
+
+    def work(who: str) -> None:
+        lock = locks.Lock(backend.client(), name, **options)
+        for _ in range(10):
+            with lock:
+                order.append(who)
+
+    async def work_async(who: str) -> None:
+        lock = locks.AsyncLock(backend.client(), name, **options)
+        for _ in range(10):
+            async with lock:
+                order.append(who)
+                await asyncio.sleep(0)
+
+    async def both() -> None:
+        await asyncio.gather(work_async("a"), work_async("b"))
+
+    if backend.colour.runner:
+        backend.colour.run(both())
+    else:
+        with ThreadPoolExecutor(2) as pool:
+            list(pool.map(work, "ab"))
+    assert sorted(order) == ["a"] * 10 + ["b"] * 10
+
+
+def test_waiting_for_locks(backend: Backend, prefix: str) -> None:
+    """Whoever waits is woken up by the node of the lock, whichever that is."""
+    began = time.monotonic()
+    for tag in backend.keys(prefix):
+        hand_over(backend, prefix, tag)
+    assert time.monotonic() - began < 30
+
+
+def test_time_series(backend: Backend, prefix: str) -> None:
+    """Series are spread over the nodes, and read and listed as one."""
+    colour = backend.colour
+    now = time.time()
+    hits = colour.tool(timeseries, "TimeSeries", backend.client(), "hits", prefix=prefix,
+                       partitions=8, deadline=PATIENT)  # fmt: skip
+    names = [f"page:{n}" for n in range(60)]
+    for n, name in enumerate(names):
+        hits.incr(name, n)
+    hits.incr_many([(name, 1, now) for name in names])
+    assert backend.holders(f"{prefix}:t1:*") == set(backend.servers)
+    other = colour.tool(timeseries, "TimeSeries", backend.client(), "hits", prefix=prefix,
+                        partitions=8, deadline=PATIENT)  # fmt: skip
+    sums = other.sums(names, now - 3600)
+    assert {name: int(total) for name, total in sums.items()} == {
+        name: n + 1 for n, name in enumerate(names)
+    }
+    target = other.target if colour.runner else other
+    assert sorted(colour.listed(target.keys())) == sorted(names)

@@ -119,6 +119,10 @@ class SlotMap:
     def broken(self, node: Address) -> None:
         """Every node is asked."""
 
+    def silent(self, node: Address) -> bool:
+        """A cluster makes another node primary."""
+        return False
+
     def instead(self, node: Address) -> Address:
         """Return the same one."""
         return node

@@ -113,6 +113,9 @@ class Routes(Protocol):
     def broken(self, node: Address) -> str | None:
         """Return why a node is not asked for now; None for one that is, also to try it again."""
 
+    def silent(self, node: Address) -> bool:
+        """Whether a node did not answer when it was asked last."""
+
     def instead(self, node: Address) -> Address:
         """Return a node that has answered, for what any node may be asked; this one if it can."""
 

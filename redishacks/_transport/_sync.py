@@ -426,10 +426,12 @@ class SyncTransport:
                     _send(talk, node, link, message, under_way)
             # Connecting may take all the time there is: by now the other nodes are at work.
             for node, message in later:
+                began = monotonic()
                 try:
                     link = node.borrow(talk)
                 except (Unreachable, Refused, RedisHacksError) as error:
                     talk.unsaid(message, error)
+                    talk.connected(monotonic() - began)  # the next node has its time too
                 else:
                     _send(talk, node, link, message, under_way)
             while under_way:

@@ -14,6 +14,7 @@ from redishacks._keys import id_shown
 from redishacks._slots import at_slots, key_slot, key_slots
 from redishacks._transport import AsyncTransport, Overtaken, SyncTransport, View
 from redishacks.errors import (
+    MaybeAppliedError,
     PartlyAppliedError,
     RedisHacksError,
     UnavailableError,
@@ -167,7 +168,8 @@ class Core:
         yield from self.settle(dict(enumerate(calls)), results)
         failed = {id_shown(keys[place]): error for place, error in results.errors.items()}
         if failed:
-            first = next(iter(results.errors.values()))
+            doubts = [e for e in results.errors.values() if isinstance(e, MaybeAppliedError)]
+            first = next(iter(doubts or results.errors.values()))
             if len(results.errors) == len(calls) or kind is MGET or kind == "EXISTS":
                 raise first
             raise PartlyAppliedError(
@@ -300,6 +302,14 @@ class Core:
                 else:
                     results.settle(place, outcome)
         for group, plan in list(plans.items()):
+            if view.version and plan and self.routes.silent(group):
+                # To be told more it would take time that others need.
+                for place in (place for stage in plan for run in stage for place in run.places):
+                    results.errors[place] = UnavailableError(
+                        f"not sent: {self.routes.where(calls[place].command.keys)} did not answer "
+                        "to what comes before it"
+                    )
+                plan.clear()
             if not plan:
                 del plans[group]
         if again:  # what follows waits for it

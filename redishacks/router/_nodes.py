@@ -43,6 +43,10 @@ _SILENCES = 3
 _PAUSES = 0.25, 4.0
 
 
+#: What hinders a move when a node was restarted empty.
+LOST = "a node has lost what it knew of the move: go on with the move once more"
+
+
 def address(name: str) -> Address:
     """Return a node's address, as the transport knows it."""
     return name, _FENCED
@@ -105,21 +109,23 @@ class Known:
 
         Two round trips and a half for keys that are there, one for those that are not any more.
         """
-        layout, version = self._layout, self.version
+        layout, since = self._layout, self.topology.since
         placement = self.topology.placement
         moving = (key for key in keys if placement.node_for(key) != self.serving.node_for(key))
         old = _grouped(moving, placement)
-        given = yield from _all([layout.give(node, some) for node, some in old.items()])
+        given = yield from _all([layout.give(node, some, since) for node, some in old.items()])
+        if None in given:
+            raise UnavailableError(LOST)
         gifts = {gift.key: gift for some in given for gift in some or ()}
         new = _grouped(gifts, self.serving)
         takes = [
-            layout.take(node, [gifts[key] for key in some], version) for node, some in new.items()
+            layout.take(node, [gifts[key] for key in some], since) for node, some in new.items()
         ]
         if not all((yield from _all(takes))):
-            raise UnavailableError("a node has lost what it knew of the move: it must begin again")
+            raise UnavailableError(LOST)
         yield from _all(
             [
-                layout.forget(node, some)
+                layout.forget(node, some, since)
                 for node, some in _grouped(gifts, self.topology.placement).items()
             ]
         )
@@ -267,6 +273,10 @@ class Nodes:
         self._trouble[node[0]] = count, now + pause, pause
         return None
 
+    def silent(self, node: Address) -> bool:
+        """Whether a node did not answer when it was asked last."""
+        return node[0] in self._trouble
+
     def instead(self, node: Address) -> Address:
         """Return a node that has answered, for what any node may be asked; this one if it can."""
         well = [each for name, each in self.every().items() if name not in self._trouble]
@@ -332,14 +342,19 @@ class Nodes:
             self.view = Known(newest, self.layout)
         self.stale = False
 
-    def adopt(self, topology: Topology) -> None:
+    def adopt(self, topology: Topology) -> Known:
         """Go by a topology that was told to the nodes just now."""
-        self.view = Known(topology, self.layout)
+        self.view = known = Known(topology, self.layout)
         self.stale = False
+        return known
 
     def open(self, name: str) -> Address:
         """Return a node's address over connections that are not fenced."""
         return name, _OPEN
+
+    def db(self, name: str) -> int:
+        """Return the number of a node's database: others are other routers'."""
+        return self._settings[name, _OPEN].db
 
     @property
     def names(self) -> list[str]:

@@ -36,6 +36,7 @@ class Batch(CoreCommands):
         self._core = core
         #: A key alone stands for a plain GET: by far the most.
         self._said: list[Said | bytes | Queue | Command[Any]] = []
+        self._gets_only = True
         self._results = Results()
 
     def execute_command(self, *args: Any, **options: Any) -> Reply:
@@ -46,6 +47,7 @@ class Batch(CoreCommands):
         reply = Reply.of(self._results, len(said))
         # A command that was made already: a script.
         said.append(args[0] if type(args[0]) is Command else self._core.say(args, options))
+        self._gets_only = False
         return reply
 
     @contextmanager
@@ -57,6 +59,7 @@ class Batch(CoreCommands):
         yield queue
         if len(queue):
             self._said.append(queue)
+            self._gets_only = False
 
     def get(self, name: Any) -> Reply:  # type: ignore[override]
         """Record a GET; raises `UsageError` for what cannot be encoded."""
@@ -83,7 +86,7 @@ class Batch(CoreCommands):
         results.locate(lambda place: self._node(place, calls))
         try:
             left: Sequence[int] = range(len(said))
-            if set(map(type, said)) == {bytes}:
+            if said and self._gets_only:
                 left = yield from core.settle_gets(cast(list[bytes], said), results)
             for place in left:
                 one = said[place]
@@ -98,9 +101,9 @@ class Batch(CoreCommands):
                 except RedisHacksError as error:
                     results.errors[place] = error
             yield from core.settle(calls, results)
-            for place, one in enumerate(said):
-                if isinstance(one, Queue) and place in results.errors:
-                    one.fail(results.errors[place])
+            for place, said_here in enumerate(said):
+                if isinstance(said_here, Queue) and place in results.errors:
+                    said_here.fail(results.errors[place])
         finally:
             results.end()
         if raises and results.errors:

@@ -54,6 +54,8 @@ X = TypeVar("X", SyncTransport, AsyncTransport)
 
 #: Seconds for a survey of all nodes, and for one exchange of a move.
 _SURVEY, _MOVING = 600.0, 30.0
+#: Seconds that a call may take longer when its nodes must be asked again, and one took all.
+_GRACE = 0.05
 
 
 class Explanation(NamedTuple):
@@ -290,7 +292,7 @@ class Router(_Base[SyncTransport], CoreCommands):  # type: ignore[misc]
         self._transport.close()
 
     def _drive(self, steps: Steps[T], deadline: float) -> T:
-        return drive(steps, _Until(self._transport, monotonic() + deadline))
+        return drive(steps, _Until(self._transport, deadline))
 
     def _loaded(self) -> None:
         if self._core.routes.view is None:
@@ -422,45 +424,67 @@ class AsyncRouter(_Base[AsyncTransport], AsyncCoreCommands):  # type: ignore[mis
         await self._transport.aclose()
 
     async def _drive(self, steps: Steps[T], deadline: float) -> T:
-        return await drive_async(steps, _AsyncUntil(self._transport, monotonic() + deadline))
+        return await drive_async(steps, _AsyncUntil(self._transport, deadline))
 
     def _loaded(self) -> None:
         if self._core.routes.view is None:
             raise UsageError("nothing is known of the nodes yet: await router.connect() first")
 
 
+class _Clock:
+    """The time of several exchanges."""
+
+    def __init__(self, transport: SyncTransport | AsyncTransport, deadline: float) -> None:
+        self._routes, self._deadline = transport.routes, deadline
+        self._end = monotonic() + deadline
+        self._begun = False
+        self._learning = self._routes is not None and self._routes.view is None
+
+    def left(self) -> float:
+        """Return how many seconds the next exchange has."""
+        if self._learning and self._routes is not None and self._routes.view is not None:
+            # What went before was learning who has which keys, which has a time of its own.
+            self._learning = self._begun = False
+            self._end = monotonic() + self._deadline
+        if self._begun:
+            # For nodes that did answer, after one that took all the time there was.
+            return max(_GRACE, self._end - monotonic())
+        self._begun = True
+        return max(0.0, self._end - monotonic())
+
+
 class _Until:
     """Several exchanges that end at one time."""
 
-    def __init__(self, transport: SyncTransport, end: float) -> None:
-        self._transport, self._end = transport, end
+    def __init__(self, transport: SyncTransport, deadline: float) -> None:
+        self._transport, self._clock = transport, _Clock(transport, deadline)
 
     def call(self, command: Command[T], deadline: float) -> T:
         """Say one command in what is left of the time."""
-        return self._transport.call(command, max(0.0, self._end - monotonic()))
+        return self._transport.call(command, self._clock.left())
 
     def run(
         self, commands: Sequence[Command[T]], deadline: float, view: Any = None
     ) -> list[Outcome[T]]:
         """Say several in what is left of the time."""
-        return self._transport.run(commands, max(0.0, self._end - monotonic()), view)
+        return self._transport.run(commands, self._clock.left(), view)
 
 
 class _AsyncUntil:
     """The same for asyncio."""
 
-    def __init__(self, transport: AsyncTransport, end: float) -> None:
-        self._transport, self._end = transport, end
+    def __init__(self, transport: AsyncTransport, deadline: float) -> None:
+        self._transport, self._clock = transport, _Clock(transport, deadline)
 
     async def call(self, command: Command[T], deadline: float) -> T:
         """Say one command in what is left of the time."""
-        return await self._transport.call(command, max(0.0, self._end - monotonic()))
+        return await self._transport.call(command, self._clock.left())
 
     async def run(
         self, commands: Sequence[Command[T]], deadline: float, view: Any = None
     ) -> list[Outcome[T]]:
         """Say several in what is left of the time."""
-        return await self._transport.run(commands, max(0.0, self._end - monotonic()), view)
+        return await self._transport.run(commands, self._clock.left(), view)
 
 
 def _raises(on_error: str) -> bool:
