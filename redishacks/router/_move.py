@@ -184,7 +184,7 @@ class Move:
                 since = self._topology().since
                 (aside,) = yield from self._each(self._layout.given, since, among=[name])
                 if aside is None:
-                    raise UnavailableError(LOST)
+                    yield from self._lost()
                 if not aside:
                     break
                 # Somebody was in the middle of it, or was killed there.
@@ -230,8 +230,7 @@ class Move:
                 self._seen += len(keys)
             gifts = next(replies) if gives else []
             if gifts is None or not all(replies):
-                yield from self._renew(now=True)  # raises, if that is why
-                raise UnavailableError(LOST)
+                yield from self._lost()
             taken, given = [gift.key for gift in given], gifts
             self._tell(TRANSIT)
             yield from self._renew()
@@ -265,6 +264,11 @@ class Move:
             if any(outcome.value is not None for outcome in others):
                 raise self._overtaken()
             self._said_at = clock()
+
+    def _lost(self) -> Steps[None]:
+        """Raise why a node knows nothing of the move."""
+        yield from self._renew(now=True)  # raises, if somebody else has ended it
+        raise UnavailableError(LOST)
 
     def _publish(
         self,
