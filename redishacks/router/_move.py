@@ -35,6 +35,8 @@ T = TypeVar("T")
 _TTL, _RENEW = 10.0, 2.0
 #: Seconds between two looks at the connections that are still to go.
 _LOOK = 0.02
+#: Seconds for whose wait was ended to go by the new version.
+_WAKING = 0.3
 #: Seconds' worth of keys of one script, where there is a rate; and how many at most.
 _MOMENT = 0.1
 _BATCH = 500
@@ -296,6 +298,8 @@ class Move:
         version = self._topology().version
         names = self._names
         end = clock() + self._drain
+        #: Those whose wait was ended, and when: they have a moment to learn why.
+        woken: dict[tuple[str, int], float] = {}
         while True:
             lists = yield from self._each(self._layout.clients, among=names)
             old = [
@@ -306,10 +310,16 @@ class Move:
             ]
             if not old:
                 return
-            if clock() >= end:
-                yield from ask_all(
-                    [self._layout.kill(self._nodes.open(name), client) for name, client in old]
-                )
+            now = clock()
+            if now >= end:
+                commands = []
+                for name, client in old:
+                    if client.blocked and (name, client.id) not in woken:
+                        woken[name, client.id] = now
+                        commands.append(self._layout.wake(self._nodes.open(name), client))
+                    elif now - woken.get((name, client.id), 0.0) > _WAKING:
+                        commands.append(self._layout.kill(self._nodes.open(name), client))
+                yield from ask_all(commands)
             yield from self._renew()
             yield Sleep(_LOOK)
 

@@ -8,6 +8,7 @@ it in `CLIENT LIST`; then the node's stamp is read. In this order, or one could 
 from __future__ import annotations
 
 import dataclasses
+import logging
 import random
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -31,6 +32,8 @@ from redishacks.router.placement import Placement, SlotTable
 from redishacks.router.topology import CLOSING, SETTLED, Stamp, Topology, Wanted
 
 T = TypeVar("T")
+
+_log = logging.getLogger("redishacks")
 
 #: What stands in the place of a port: connections that are fenced, and those that are not, over
 #: which nothing is said but what nodes are told of themselves.
@@ -406,6 +409,15 @@ class Nodes:
         if behind and any(name in missing for name in newest.nodes):
             return newest  # they serve nothing until then
         for name in behind:
+            if not fresh:
+                had = _version(found[name])
+                _log.warning(
+                    "node %s had %s, and is told of version %d of the topology: its keys are those "
+                    "that it has come back with",
+                    name,
+                    f"version {had}" if had else "no stamp",
+                    newest.version,
+                )
             stored = yield from ask(self.layout.tell((name, _OPEN), newest))
             assert stored is not None
             if fresh:

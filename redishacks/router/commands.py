@@ -192,10 +192,14 @@ class Layout:
         """List the connections of a node that go by some version."""
         return Command(("CLIENT", "LIST"), (), _clients, repeatable=True, node=address)
 
+    def wake(self, address: Address, client: Client) -> Command[Any]:
+        """End what a connection waits for, as if its time were over."""
+        return Command(("CLIENT", "UNBLOCK", str(client.id)), (), repeatable=True, node=address)
+
     def kill(self, address: Address, client: Client) -> Command[Any]:
-        """End a connection; one that is blocked only wakes up, as if its time were over."""
-        words = ("CLIENT", "UNBLOCK") if client.blocked else ("CLIENT", "KILL", "ID")
-        return Command((*words, str(client.id)), (), repeatable=True, node=address)
+        """End a connection."""
+        words = "CLIENT", "KILL", "ID", str(client.id)
+        return Command(words, (), repeatable=True, node=address)
 
 
 def _both(count: int) -> bool:
