@@ -121,12 +121,12 @@ def slots() -> list[Row]:
     micros = {name: [1e6 / rate for rate in figure.rates] for name, figure in figures.items()}
     pairs = zip(micros["ours"], micros["crc_hqx"], strict=True)
     more = statistics.median(a - b for a, b in pairs)
-    whole, tagged, peer = (
+    whole, by_tag, peer = (
         f"{statistics.median(micros[who]):.2f} µs" for who in ("ours", "with a hash tag", "crc_hqx")
     )
     row = Row(
         "slot of a key; crc_hqx itself",
-        f"{whole}, with a hash tag {tagged}",
+        f"{whole}, with a hash tag {by_tag}",
         peer,
         "≤ 0.3 µs more",
         f"{more:.2f} µs more",
