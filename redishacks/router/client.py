@@ -99,7 +99,7 @@ class _Base(Generic[X]):
 
     def slot(self, key: Any) -> int:
         """Return the slot of a key: what `CLUSTER KEYSLOT` says."""
-        return key_slot(self._core.dialect.encode(key))
+        return key_slot(key if type(key) is bytes else self._core.dialect.encode(key))
 
     def node_for(self, key: Any) -> str:
         """Return the name of the node that has a key; over a cluster its host and port."""
