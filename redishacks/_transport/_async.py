@@ -337,7 +337,8 @@ class AsyncTransport:
             view = self._routes.view if self._routes is not None else None
             if self._routes is not None and (view is None or not view.settled):
                 await self.call(question, end - monotonic())
-                view = self._routes.view
+                if view is None or self._routes.view is not view:
+                    continue  # it is not said that they are there by that one
             node = site.only or site.node(view.route(keys))  # type: ignore[union-attr]
             if isinstance(node, ForeignNode):
                 raise UsageError("this client's class of connections cannot be used for that")

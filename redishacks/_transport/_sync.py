@@ -331,7 +331,8 @@ class SyncTransport:
             view = self._routes.view if self._routes is not None else None
             if self._routes is not None and (view is None or not view.settled):
                 self.call(question, end - monotonic())
-                view = self._routes.view
+                if view is None or self._routes.view is not view:
+                    continue  # it is not said that they are there by that one
             node = self._only or self._node(view.route(keys))  # type: ignore[union-attr]
             try:
                 link = node.take(monotonic()) or node.connect(max(0.0, end - monotonic()))

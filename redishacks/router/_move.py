@@ -25,7 +25,7 @@ from redishacks._slots import at_slots
 from redishacks._transport import Address, Overtaken
 from redishacks.errors import UnavailableError, UsageError
 from redishacks.router._nodes import LOST, Known, Nodes, address
-from redishacks.router.commands import Gift
+from redishacks.router.commands import Gift, Given
 from redishacks.router.placement import Placement, SlotTable
 from redishacks.router.topology import CLOSING, SETTLED, TRANSIT, Topology
 
@@ -37,9 +37,10 @@ _TTL, _RENEW = 10.0, 2.0
 _LOOK = 0.02
 #: Seconds for whose wait was ended to go by the new version.
 _WAKING = 0.3
-#: Seconds' worth of keys of one script, where there is a rate; and how many at most.
+#: Seconds' worth of keys of one script, where there is a rate; how many at most, and bytes after
+#: which it looks at no more of them.
 _MOMENT = 0.1
-_BATCH = 500
+_BATCH, _MOST = 500, "8000000"
 _SCAN = 1_000
 #: Scans of a node: one, and another for each client that was killed in the middle of a pull.
 _SCANS = 1_000
@@ -217,7 +218,7 @@ class Move:
             asked, waiting = waiting[:some], waiting[some:]
             scans = [layout.scan(at, cursor, _SCAN)] if cursor is not None and not waiting else []
             forgets = [layout.forget(at, taken, since)] if taken else []
-            gives = [layout.give(at, asked, since, token)] if asked else []
+            gives = [layout.give(at, asked, since, token, _MOST)] if asked else []
             takes = [layout.take(node, gifts, since, token) for node, gifts in _sorted(given, new)]
             replies = iter((yield from self._say([*forgets, *scans, *gives, *takes])))
             for _ in forgets:
@@ -230,10 +231,11 @@ class Move:
                 busy = {*asked, *(gift.key for gift in given)}
                 waiting = [key for key in leaving(keys) if key not in busy]
                 self._seen += len(keys)
-            gifts = next(replies) if gives else []
-            if gifts is None or not all(replies):
+            found = next(replies) if gives else Given([], 0)
+            if found is None or not all(replies):
                 yield from self._lost()
-            taken, given = [gift.key for gift in given], gifts
+            waiting = [*asked[found.looked :], *waiting]
+            taken, given = [gift.key for gift in given], found.gifts
             self._tell(TRANSIT)
             yield from self._renew()
             if self._rate:
@@ -283,7 +285,10 @@ class Move:
         before = self._topology()
         version = before.version + 1
         since = version if before.state == CLOSING else before.since
-        topology = Topology(version, before.addresses, placement, state, target, since)
+        topology = Topology(version, {}, placement, state, target, since)
+        # Of nodes that were removed nothing is said any more; of those that were moved, where to.
+        addresses = {name: self._nodes.shown(name) for name in topology.nodes}
+        topology = topology._replace(addresses=addresses)
         for name in sorted(set(tell) | set(topology.nodes)):
             (outcome,) = yield from ask_all(
                 [self._layout.tell(self._nodes.open(name), topology, self._token)]

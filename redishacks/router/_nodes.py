@@ -119,7 +119,7 @@ class Known:
         given = yield from _all([layout.give(node, some, since) for node, some in old.items()])
         if None in given:
             raise UnavailableError(LOST)
-        gifts = {gift.key: gift for some in given for gift in some or ()}
+        gifts = {gift.key: gift for some in given if some for gift in some.gifts}
         new = _grouped(gifts, self.serving)
         takes = [
             layout.take(node, [gifts[key] for key in some], since) for node, some in new.items()
@@ -400,7 +400,7 @@ class Nodes:
                     f"keys: {self._why}"
                 )
             placement = self.wanted.fresh()
-            newest = Topology(1, {name: self._shown(name) for name in found}, placement)
+            newest = Topology(1, {name: self.shown(name) for name in found}, placement)
         behind = [
             name
             for name in sorted(newest.nodes)
@@ -429,7 +429,8 @@ class Nodes:
                 raise self._two(newest.version)
         return newest
 
-    def _shown(self, name: str) -> str:
+    def shown(self, name: str) -> str:
+        """Return where a node is, without credentials."""
         each = self._settings[name, _OPEN]
         host, port = each.address
         place = f"{host}:{port}" if port > 0 else host

@@ -38,6 +38,13 @@ class Gift(NamedTuple):
     pttl: int
 
 
+class Given(NamedTuple):
+    """What a node had of several keys, and how many of them it has looked at."""
+
+    gifts: list[Gift]
+    looked: int
+
+
 class Layout:
     """Keys and commands of one router."""
 
@@ -135,23 +142,25 @@ class Layout:
         return Command(("UNLINK", *keys), keys, repeatable=True, node=address)
 
     def give(
-        self, address: Address, keys: Sequence[bytes], since: int, token: str = ""
-    ) -> Command[list[Gift] | None]:
-        """Set keys aside on a node that had them; says what they hold, and nothing of none.
+        self, address: Address, keys: Sequence[bytes], since: int, token: str = "", most: str = ""
+    ) -> Command[Given | None]:
+        """Set keys aside on a node that had them, up to `most` bytes; says what they hold.
 
         None when the node has lost what it knew of the move; or when it was said with the token of
         a mover, and that is another one by now.
         """
         pairs = itertools.chain.from_iterable((key, self._aside(key)) for key in keys)
 
-        def parse(reply: list[Any]) -> list[Gift] | None:
+        def parse(reply: list[Any]) -> Given | None:
             if not reply:
                 return None
-            three = zip(keys, reply[::2], reply[1::2], strict=True)
-            return [Gift(key, dump, pttl) for key, dump, pttl in three if dump is not None]
+            count = len(reply) // 2
+            three = zip(keys[:count], reply[::2], reply[1::2], strict=True)
+            gifts = [Gift(key, dump, pttl) for key, dump, pttl in three if dump is not None]
+            return Given(gifts, count)
 
         command = Command[Any](
-            (token,),
+            (token, most),
             (self._mover, self._given(since), *pairs),
             parse,
             script("router_give"),
