@@ -16,27 +16,22 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
-from redis.commands import CoreCommands
-
 from redishacks._command import Command, Steps
 from redishacks.errors import RedisHacksError, UsageError
 from redishacks.router._coalesce import OTHER, Call
+from redishacks.router._commands import Recorded
 from redishacks.router._core import Core, Said
 from redishacks.router.replies import BatchError, Reply, Results
 from redishacks.router.transaction import Queue
 
 
-class Batch(CoreCommands):
+class Batch(Recorded):
     """Records the commands of redis-py, each of which returns a `Reply`."""
-
-    #: redis-py's commands expect one; nobody listens.
-    _event_dispatcher: Any = None
 
     def __init__(self, core: Core) -> None:
         self._core = core
         #: A key alone stands for a plain GET: by far the most.
         self._said: list[Said | bytes | Queue | Command[Any]] = []
-        self._gets_only = True
         self._results = Results()
 
     def execute_command(self, *args: Any, **options: Any) -> Reply:
@@ -47,7 +42,6 @@ class Batch(CoreCommands):
         reply = Reply.of(self._results, len(said))
         # A command that was made already: a script.
         said.append(args[0] if type(args[0]) is Command else self._core.say(args, options))
-        self._gets_only = False
         return reply
 
     @contextmanager
@@ -59,9 +53,8 @@ class Batch(CoreCommands):
         yield queue
         if len(queue):
             self._said.append(queue)
-            self._gets_only = False
 
-    def get(self, name: Any) -> Reply:  # type: ignore[override]
+    def get(self, name: Any) -> Reply:
         """Record a GET; raises `UsageError` for what cannot be encoded."""
         kind = type(name)
         if kind is not bytes:
@@ -86,7 +79,7 @@ class Batch(CoreCommands):
         results.locate(lambda place: self._node(place, calls))
         try:
             left: Sequence[int] = range(len(said))
-            if said and self._gets_only:
+            if set(map(type, said)) == {bytes}:
                 left = yield from core.settle_gets(cast(list[bytes], said), results)
             for place in left:
                 one = said[place]
@@ -101,9 +94,9 @@ class Batch(CoreCommands):
                 except RedisHacksError as error:
                     results.errors[place] = error
             yield from core.settle(calls, results)
-            for place, said_here in enumerate(said):
-                if isinstance(said_here, Queue) and place in results.errors:
-                    said_here.fail(results.errors[place])
+            for place, one in enumerate(said):
+                if isinstance(one, Queue) and place in results.errors:
+                    one.fail(results.errors[place])
         finally:
             results.end()
         if raises and results.errors:
