@@ -173,7 +173,7 @@ def test_a_watched_key_is_changed(backend: Backend, prefix: str) -> None:
                     t.multi()
                     replies.extend([t.set(key, "lost"), t.incr(f"{{{key}}}n")])
 
-            with pytest.raises(WatchError, match="begin again|nothing was done"):
+            with pytest.raises(WatchError, match="nothing was done"):
                 body()
             assert [type(reply.error) for reply in replies] == [WatchError] * 2
             assert router.get(key) != b"lost"
@@ -302,7 +302,7 @@ def test_what_no_server_knows(backend: Backend, prefix: str, watches: bool) -> N
 def test_a_server_that_refuses(backend: Backend, prefix: str) -> None:
     """When it takes one of the commands not at all, none is done, and every reply says so."""
     router = backend.router()
-    server = backend.servers[backend.keys(prefix).pop() and router_node(router, prefix)]
+    server = backend.servers[router_node(router, prefix)]
     replies: list[Any] = []
 
     def body() -> None:
@@ -313,7 +313,7 @@ def test_a_server_that_refuses(backend: Backend, prefix: str) -> None:
     with server.client() as admin:
         admin.config_set("maxmemory", 1)
         try:
-            with pytest.raises(RedisHacksError, match="OOM|maxmemory"):
+            with pytest.raises(RedisHacksError, match=r"OOM|maxmemory"):
                 body()
         finally:
             admin.config_set("maxmemory", 0)
@@ -485,7 +485,7 @@ def test_connections_are_used_again(backend: Backend, prefix: str) -> None:
             t.incr(prefix)
             raise _Oops
 
-    for _ in range(30):
+    for _ in range(12):
         with pytest.raises(WatchError):
             changed()
         with pytest.raises(_Oops):
@@ -613,7 +613,7 @@ def test_a_node_hangs_in_a_transaction(
     behind: tuple[Any, FaultProxy, Server], prefix: str, when: str
 ) -> None:
     """It costs a deadline, wherever it is; others go on, and it is back when it answers again."""
-    router, proxy, server = behind
+    router, proxy, _ = behind
     key = of_b(router, prefix)
     (well,) = spread(router, prefix, ["a"])
     router.set(key, 1)
@@ -648,7 +648,7 @@ def test_a_node_hangs_in_a_transaction(
     def back() -> bool:
         try:
             with transaction(router, key) as t:
-                return t.get(key) == b"1"
+                return bool(t.get(key) == b"1")
         except RedisHacksError:
             return False
 
@@ -765,10 +765,9 @@ def ended_by(server: Server, call: Callable[[Any], Any], after: int = 3) -> thre
     return thread
 
 
+@pytest.mark.parametrize("wait", WAITS[:8], ids=lambda wait: wait.name)
 def test_a_wait_for_what_is_there(backend: Backend, prefix: str, wait: Wait) -> None:
     """It is returned at once, and is the value that redis-py would return."""
-    if wait.name.startswith("XREAD"):
-        pytest.skip("waits for what is new")
     router = backend.router()
     for key in backend.keys(prefix):
         wait.end(router, key)
@@ -917,9 +916,7 @@ def test_each_element_is_popped_once(
     thread = threading.Thread(target=push)
     thread.start()
     end = time.monotonic() + PATIENT
-    found = waiters(
-        backend, prefix, 4, lambda found: len(found) >= total or time.monotonic() > end
-    )
+    found = waiters(backend, prefix, 4, lambda found: len(found) >= total or time.monotonic() > end)
     thread.join()
     assert sorted(map(int, found)) == list(range(total))
 
@@ -1021,7 +1018,7 @@ def test_a_wait_whose_key_moves(
     """It goes on on the new node, and what is pushed there ends it."""
     monkeypatch.setattr(_blocking, "_SLICE", slice)
     with closing(Router(three.nodes(), deadline=PATIENT)) as mover:
-        plan = mover.plan("abc")
+        plan = mover.plan(list("abc"))
         key = to_move(mover, plan, prefix)
         old = mover.node_for(key)
         waiting = colour.router(three.nodes())
@@ -1047,7 +1044,7 @@ def test_a_wait_whose_key_moves(
 def test_a_transaction_while_keys_move(colour: Routers, three: Place, prefix: str) -> None:
     """All keys that it names are where it is said, watched or not: nothing is lost by the move."""
     with closing(Router(three.nodes(), deadline=PATIENT)) as mover:
-        plan = mover.plan("abc")
+        plan = mover.plan(list("abc"))
         key = to_move(mover, plan, prefix)
         names = [f"{{{key}}}{n}" for n in range(6)]
         mover.mset(dict.fromkeys([key, *names], 10))
@@ -1071,12 +1068,10 @@ def test_a_transaction_while_keys_move(colour: Routers, three: Place, prefix: st
         assert router.node_for(key) == "c"
 
 
-def test_a_transaction_that_a_move_overtakes(
-    colour: Routers, three: Place, prefix: str
-) -> None:
+def test_a_transaction_that_a_move_overtakes(colour: Routers, three: Place, prefix: str) -> None:
     """It was begun on the old node and is not done there any more: that is said, none is lost."""
     with closing(Router(three.nodes(), deadline=PATIENT)) as mover:
-        plan = mover.plan("abc")
+        plan = mover.plan(list("abc"))
         key = to_move(mover, plan, prefix)
         mover.set(key, 1)
         router = colour.router(three.nodes())
@@ -1103,7 +1098,7 @@ def test_waits_while_keys_are_in_transit(
     """What is waited for is pulled to the new node first, also a stream with its group."""
     monkeypatch.setattr(_blocking, "_SLICE", 0.05)
     with closing(Router(three.nodes(), deadline=PATIENT)) as mover:
-        plan = mover.plan("abc")
+        plan = mover.plan(list("abc"))
         key = to_move(mover, plan, prefix)
         mover.rpush(f"{{{key}}}l", "x", "y")
         stream(mover, f"{{{key}}}x")
@@ -1226,7 +1221,7 @@ def test_scripts_in_a_transaction(backend: Backend, prefix: str) -> None:
     with transaction(router) as t:
         reply = script(keys=[prefix], args=[1], client=t)
     assert reply.value[0] == 1
-    with transaction(router, prefix) as t:
+    with transaction(router, f"{{{prefix}}}other") as t:
         assert script(keys=[prefix], args=[1], client=t)[0] == 2
         t.multi()
         reply = script(keys=[prefix], args=[1], client=t)
