@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from hiredis import ReplyError
 
-from redishacks._command import Ask, Command, Outcome, Steps, ask, ask_all, call
+from redishacks._command import Arg, Ask, Command, Outcome, Steps, ask, ask_all, call
 from redishacks._keys import id_shown
 from redishacks._slots import at_slots, key_slot, key_slots
 from redishacks._transport import AsyncTransport, Overtaken, SyncTransport, View
@@ -30,6 +30,12 @@ from redishacks.router.replies import PENDING, Results
 _SPLIT = {b"MGET": MGET, b"MSET": SET, **{kind.encode(): kind for kind in SUMS}}
 #: What any node may be asked.
 _ANYWHERE = {b"PING", b"ECHO", b"TIME", b"COMMAND", b"EVAL", b"EVAL_RO"}
+#: What changes a connection for those who use it next; moves know it by its name.
+_STATEFUL = frozenset(
+    b"WATCH UNWATCH MULTI EXEC DISCARD SELECT AUTH HELLO RESET QUIT MONITOR SUBSCRIBE PSUBSCRIBE "
+    b"SSUBSCRIBE UNSUBSCRIBE PUNSUBSCRIBE SUNSUBSCRIBE ASKING READONLY READWRITE SYNC PSYNC".split()
+)
+_CLIENT = frozenset(b"SETNAME REPLY TRACKING CACHING CAPA NO-EVICT NO-TOUCH".split())
 _COMMAND: Command[Any] = Command(("COMMAND",), repeatable=True, bulk=True)
 
 #: Seconds for learning who has which keys.
@@ -72,7 +78,16 @@ class Core:
 
     def say(self, args: Sequence[Any], options: Mapping[str, Any]) -> Said:
         """Return a call as it is said and heard; raises `UsageError`."""
-        return self.dialect.words(args), self.dialect.parse(args[0], options)
+        if type(args[0]) is Command:
+            return tuple(map(self.dialect.encode, spelled(args[0]).args)), args[0].parse
+        words = self.dialect.words(args)
+        name = words[0].upper()
+        if name in _STATEFUL or (
+            name == b"CLIENT" and len(words) > 1 and words[1].upper() in _CLIENT
+        ):
+            shown = b" ".join(words[: 1 + (name == b"CLIENT")]).decode()
+            raise UsageError(f"{shown} would change a connection that others use as well")
+        return words, self.dialect.parse(args[0], options)
 
     def quick(self, args: Sequence[Any], options: Mapping[str, Any]) -> Command[Any] | None:
         """Return a call as one command, if that can be done in a moment: most have one key."""
@@ -95,7 +110,7 @@ class Core:
         assert self.specs is not None
         word = name.encode()
         bounds = self.specs.bounds(word)
-        if bounds is not None and word not in _SPLIT:
+        if bounds is not None and word not in _SPLIT and word.upper() not in _STATEFUL:
             parse = self.dialect.parse(name, {})
             reads = self.specs.is_read_only((word,) * bounds[0])
             self._forms[name] = Form(word, *bounds, parse, reads)
@@ -359,6 +374,37 @@ class Core:
                     results.values[place] = parse([value] if run.kind is MGET else value)
                 except Exception as error:
                     results.errors[place] = error
+
+
+def spelled(command: Command[Any]) -> Command[Any]:
+    """Return a script's command that says all of it: it works where nobody can try again."""
+    if command.script is None:
+        return command
+    head: tuple[Arg, ...] = ("EVAL", command.script.source, str(len(command.keys)))
+    return command._replace(args=(*head, *command.keys, *command.args), script=None)
+
+
+def in_order(calls: dict[int, Call]) -> None:
+    """Let scripts of a batch be said whole where something follows for one of their slots.
+
+    Else a node that does not know them would do what follows first.
+    """
+    later: set[int] = set()
+    whole: list[int] = []
+    for place in reversed(calls):
+        command = calls[place].command
+        slots = set(map(key_slot, command.keys))
+        if command.script is not None and not later.isdisjoint(slots):
+            whole.append(place)
+        later |= slots
+    known: set[tuple[bytes, int]] = set()
+    for place in reversed(whole):
+        command = calls[place].command
+        assert command.script is not None
+        here = command.script.sha, key_slot(command.keys[0])
+        if here not in known:
+            known.add(here)
+            calls[place] = calls[place]._replace(command=spelled(command))
 
 
 def _first(reply: Sequence[Any]) -> Any:

@@ -263,8 +263,11 @@ class Nodes:
         """Take note that a node has answered."""
         self._trouble.pop(node[0], None)
 
-    def broken(self, node: Address) -> str | None:
-        """Return why a node is not asked for now; None for one that is, also to try it again."""
+    def broken(self, node: Address, patience: float) -> str | None:
+        """Return why a node is not asked for now; None for one that is.
+
+        Also to try it again, for one caller in the time that it has `patience`.
+        """
         found = self._trouble.get(node[0])
         if found is None or (found[0] < _SILENCES and not found[1]):
             return None
@@ -273,7 +276,7 @@ class Nodes:
         if now < until:
             return "it did not answer a moment ago, and is not asked until it is tried again"
         # This call tries it; others go on without it meanwhile.
-        self._trouble[node[0]] = count, now + pause, pause
+        self._trouble[node[0]] = count, now + min(max(pause, patience), _PAUSES[1]), pause
         return None
 
     def silent(self, node: Address) -> bool:
