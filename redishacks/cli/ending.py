@@ -9,7 +9,7 @@ import re
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import click
 
@@ -23,6 +23,8 @@ from redishacks.errors import (
     UnavailableError,
     UsageError,
 )
+
+J = TypeVar("J")
 
 
 class Exit(enum.IntEnum):
@@ -87,7 +89,7 @@ def worst(exits: Iterable[Exit]) -> Exit:
     return max(exits, key=_BY_WEIGHT.index, default=Exit.DONE)
 
 
-def for_each(jobs: Sequence[FlushJob], action: Callable[[FlushJob], Exit], as_json: bool) -> Exit:
+def for_each(jobs: Sequence[J], action: Callable[[J], Exit], as_json: bool) -> Exit:
     """Do the same with every job, whatever becomes of the others; return the worst exit code.
 
     With JSON, an error also takes the place of the object that the action would have printed.
@@ -97,7 +99,7 @@ def for_each(jobs: Sequence[FlushJob], action: Callable[[FlushJob], Exit], as_js
         try:
             exits.append(action(job))
         except RedisHacksError as error:
-            name = job.layout.full_name
+            name = job.layout.full_name if isinstance(job, FlushJob) else "router"
             exits.append(tell(error, name))
             if as_json:
                 reason = {"counter": name, "error": one_line(error), "exit_code": exits[-1]}

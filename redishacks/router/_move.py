@@ -184,12 +184,16 @@ class Move:
                 yield from self._carry(name, moving[start : start + _BATCH], new)
             self._tell(TRANSIT)
             yield from self._renew()
-            if self._rate:
-                ahead = (self._moved - moved) / self._rate - (clock() - began)
-                if ahead > 0:
-                    yield Sleep(min(ahead, _RENEW))
+            yield from self._wait(began + (self._moved - moved) / self._rate if self._rate else 0)
             if cursor == b"0":
                 return
+
+    def _wait(self, end: float) -> Steps[None]:
+        """Wait until then, and go on being the mover."""
+        while (left := end - clock()) > 0:
+            yield Sleep(min(left, _RENEW / 4))
+            self._tell(TRANSIT)
+            yield from self._renew()
 
     def _carry(self, name: str, keys: Sequence[bytes], new: Placement) -> Steps[None]:
         """Move some keys of a node: give, take, forget."""
@@ -246,7 +250,9 @@ class Move:
     ) -> Steps[None]:
         """Store the next version on all nodes."""
         before = self._topology()
-        topology = Topology(before.version + 1, before.addresses, placement, state, target)
+        topology = Topology(before.version + 1, {}, placement, state, target)
+        where = {name: self._nodes.shown(name) for name in topology.nodes}
+        topology = topology._replace(addresses=where)
         for name in sorted(set(tell) | set(topology.nodes)):
             (outcome,) = yield from ask_all(
                 [self._layout.tell(self._nodes.open(name), topology, self._token)]

@@ -182,6 +182,15 @@ class Nodes:
         self._hint: str | None = None
         self._why = "no node was asked yet"
 
+    def twin(self) -> Nodes:
+        """Return the same nodes, of which nothing is known yet: for another transport."""
+        settings = {
+            name: dataclasses.replace(each, greeting=None)
+            for (name, kind), each in self._settings.items()
+            if kind == _OPEN
+        }
+        return Nodes(settings, self.wanted, self.layout)
+
     # For the transport
 
     def doubt(self, node: Address | None = None) -> None:
@@ -373,7 +382,7 @@ class Nodes:
                     f"keys: {self._why}"
                 )
             placement = self.wanted.fresh()
-            newest = Topology(1, {name: self._shown(name) for name in found}, placement)
+            newest = Topology(1, {name: self.shown(name) for name in found}, placement)
         behind = [
             name
             for name in sorted(newest.nodes)
@@ -393,7 +402,8 @@ class Nodes:
                 raise self._two(newest.version)
         return newest
 
-    def _shown(self, name: str) -> str:
+    def shown(self, name: str) -> str:
+        """Return where a node is, without credentials."""
         each = self._settings[name, _OPEN]
         host, port = each.address
         place = f"{host}:{port}" if port > 0 else host

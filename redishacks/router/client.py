@@ -502,6 +502,14 @@ class AsyncRouter(_Base, AsyncCoreCommands):  # type: ignore[misc]
                 if not isinstance(error, Overtaken) or monotonic() >= end:
                     raise
 
+    def twin(self) -> Router:
+        """Return a `Router` for the same nodes: a tool that is not for asyncio takes it."""
+        routes = self._nodes().twin()
+        router = Router.__new__(Router)
+        settings = routes.settings(next(iter(sorted(routes.nodes()))), Settings())
+        router._begin(connect_nodes(settings, routes), self._core.dialect, self._deadline)
+        return router
+
     async def aclose(self) -> None:
         """Close this loop's connections; the next call opens new ones."""
         await self._transport.aclose()
