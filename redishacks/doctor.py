@@ -16,7 +16,7 @@ from enum import StrEnum
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from redishacks._command import Command
-from redishacks._drive import drive
+from redishacks._drive import Transport, drive
 from redishacks.counters import FlushJob
 from redishacks.counters.commands import State
 from redishacks.errors import (
@@ -452,16 +452,19 @@ def examine_router(router: Router) -> list[Finding]:
     """
     try:
         if router.redishacks_transport.sharded:
-            return judge_skew(router.balance().skew, sum(n.keys for n in router.balance().nodes))
+            balance = router.balance()
+            away = [_not_seen(f"node {n.name}", n.error) for n in balance.nodes if n.error]
+            return away + judge_skew(balance.skew, sum(node.keys for node in balance.nodes))
         return _nodes(router)
     except RedisHacksError as error:
         return [_not_seen("nodes", error)]
 
 
 def _nodes(router: Router) -> list[Finding]:
-    from redishacks.router.health import forbidden, look
+    from redishacks.router.health import forbidden, look, observer
 
-    nodes, transport = router._nodes(), router.redishacks_transport
+    nodes = router._nodes()
+    transport = observer(nodes)
     state = drive(look(nodes), transport, _DEADLINE)
     findings = [
         _not_seen(f"node {node.name}", node.error)
@@ -471,40 +474,37 @@ def _nodes(router: Router) -> list[Finding]:
     findings += judge_topology(state)
     alive = [node for node in state.nodes if node.error is None]
     infos = {node.name: node.info for node in alive}
-    saves = {name: _saves(router, name) for name in infos}
+    saves = {name: _saves(transport, nodes.open(name)) for name in infos}
     findings += _merged({name: _version(info) for name, info in infos.items()})
     findings += judge_versions(infos)
     findings += _merged({name: judge_node_eviction(info) for name, info in infos.items()})
     findings += _merged(
         {name: judge_node_persistence(info, saves[name]) for name, info in infos.items()}
     )
-    for name in infos:
-        findings += judge_rights(name, drive(forbidden(nodes, name), transport, _DEADLINE))
+    findings += _merged(
+        {name: judge_rights(drive(forbidden(nodes, name), transport, _DEADLINE)) for name in infos}
+    )
     keys = sum(node.keys for node in state.balance.nodes)
     return findings + judge_skew(state.balance.skew, keys)
 
 
-def _saves(router: Router, name: str) -> str | None:
-    at = router._nodes().open(name)
-    command = Command(("CONFIG", "GET", "save"), (), _setting, repeatable=True, node=at)
+def _saves(transport: Transport, node: tuple[str, int]) -> str | None:
+    command = Command(("CONFIG", "GET", "save"), (), _setting, repeatable=True, node=node)
     try:
-        return router.redishacks_transport.call(command, _DEADLINE)
+        return transport.call(command, _DEADLINE)
     except ServerError:
         return None
 
 
 def _merged(found: Mapping[str, Finding]) -> list[Finding]:
-    """Return a finding of each node that has one, and of the others together."""
-    fine = [name for name, each in found.items() if each.level is Level.FINE]
-    bad = [
-        each._replace(what=f"node {name}: {each.what}")
-        for name, each in found.items()
-        if name not in fine
+    """Say once what is the same of several nodes."""
+    names: dict[Finding, list[str]] = {}
+    for name, finding in found.items():
+        names.setdefault(finding, []).append(name)
+    return [
+        finding._replace(what=f"node{'s' * (len(some) > 1)} {', '.join(some)}: {finding.what}")
+        for finding, some in names.items()
     ]
-    if not fine:
-        return bad
-    what = "; ".join(dict.fromkeys(found[name].what for name in fine))
-    return [found[fine[0]]._replace(what=f"{', '.join(fine)}: {what}"), *bad]
 
 
 def judge_topology(state: Nodes) -> list[Finding]:
@@ -585,21 +585,19 @@ def judge_node_persistence(info: Mapping[str, str], save: str | None) -> Finding
     )
 
 
-def judge_rights(name: str, forbidden: Sequence[str]) -> list[Finding]:
+def judge_rights(forbidden: Sequence[str]) -> Finding:
     """Judge whether our user may say what moving keys takes."""
     if not forbidden:
-        return [Finding("rights", Level.FINE, f"{name}: our user may see and end connections")]
+        return Finding("rights", Level.FINE, "our user may see and end connections")
     rights = " ".join(f"+{words.lower().replace(' ', '|')}" for words in forbidden)
-    return [
-        Finding(
-            "rights",
-            Level.WRONG,
-            f"node {name}: our user may not say {', '.join(forbidden)}",
-            "whoever moves keys must see and end the connections that go by what was before: "
-            "`reshard` and `eject` fail without",
-            f"ACL SETUSER … {rights}",
-        )
-    ]
+    return Finding(
+        "rights",
+        Level.WRONG,
+        f"our user may not say {', '.join(forbidden)}",
+        "whoever moves keys must see and end the connections that go by what was before: "
+        "`reshard` and `eject` fail without",
+        f"ACL SETUSER … {rights}",
+    )
 
 
 def judge_skew(skew: float, keys: int) -> list[Finding]:

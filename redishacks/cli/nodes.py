@@ -12,11 +12,10 @@ from rich.console import Console
 from rich.text import Text
 
 from redishacks import _keys
-from redishacks._drive import drive
 from redishacks._words import many
 from redishacks.cli import show
 from redishacks.cli.ending import EXIT_CODES, Exit, exit_of, one_line, worst
-from redishacks.cli.routers import DEADLINE, Where, of_a_router
+from redishacks.cli.routers import Where, ask_nodes, in_use, look_at, of_a_router
 from redishacks.errors import UsageError
 
 if TYPE_CHECKING:
@@ -58,9 +57,7 @@ def status(ctx: click.Context, where: Where, words: tuple[str, ...], as_json: bo
     router = where.open(target)
     if not _of_nodes(router):
         ctx.exit(_cluster_status(router.balance(), as_json))
-    from redishacks.router.health import look
-
-    state = drive(look(router._nodes()), router.redishacks_transport, DEADLINE)
+    state = look_at(router)
     if as_json:
         show.print_json(_state_as_json(state))
     else:
@@ -198,7 +195,7 @@ def _places(router: Router, keys: Sequence[bytes]) -> list[Place]:
     from redishacks.router.health import Place, find
 
     if _of_nodes(router):
-        return drive(find(router._nodes(), keys), router.redishacks_transport, DEADLINE)
+        return ask_nodes(router, find(router._nodes(), keys))
     found = []
     for key in keys:
         why = router.explain(key)
@@ -291,13 +288,10 @@ def plan(
 
 def _weights(where: Where, router: Router, words: Sequence[str]) -> dict[str, float]:
     """Return the weights that are wanted, by name."""
-    from redishacks.router.health import look
-
     routes = router._nodes()
-    state = drive(look(routes), router.redishacks_transport, DEADLINE)
-    if state.topology is None:
-        raise UsageError(state.problems[0])
-    stored = getattr(state.topology.target or state.topology.placement, "weights", {})
+    topology = in_use(router).topology
+    assert topology is not None
+    stored = getattr(topology.target or topology.placement, "weights", {})
     usual = {**dict.fromkeys(routes.names, 1), **stored, **where.weights()}
     if not words:
         return {name: usual[name] for name in sorted(routes.names)}
@@ -369,10 +363,8 @@ def eject(where: Where, words: tuple[str, ...], yes: bool, take_over: bool) -> N
         raise click.UsageError("say the NAME of one node")
     (name,) = rest
     router = where.unweighted().open(target)
-    from redishacks.router.health import look
-
     routes = router._nodes()
-    state = drive(look(routes), router.redishacks_transport, DEADLINE)
+    state = in_use(router)
     node = next((each for each in state.nodes if each.name == name and each.used), None)
     if node is not None and not yes:
         what = (

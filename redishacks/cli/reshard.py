@@ -20,7 +20,7 @@ from redishacks._words import many
 from redishacks.cli import show
 from redishacks.cli.ending import EXIT_CODES, Exit, tell
 from redishacks.cli.nodes import print_plan
-from redishacks.cli.routers import Where, of_a_router
+from redishacks.cli.routers import Where, in_use, of_a_router
 from redishacks.errors import RedisHacksError, UsageError
 
 if TYPE_CHECKING:
@@ -84,6 +84,7 @@ def reshard(
     target, path = _split(where, words, resume)
     plan = Plan.load(path) if path is not None else None
     router = where.unweighted().open(target)
+    in_use(router)
     err = show.console(err=True)
     if plan is not None:
         print_plan(plan, err)

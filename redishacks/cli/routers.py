@@ -19,18 +19,21 @@ import re
 import shlex
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from redishacks._command import ask
+from redishacks._command import Steps, ask
 from redishacks._drive import drive
 from redishacks.cli.ending import masked
 from redishacks.cli.target import found_at
-from redishacks.errors import UsageError
+from redishacks.errors import UnavailableError, UsageError
 
 if TYPE_CHECKING:
     from redishacks.router import Router
+    from redishacks.router.health import State
+
+T = TypeVar("T")
 
 #: Seconds that an exchange may take.
 DEADLINE = 2.0
@@ -160,6 +163,29 @@ def as_router(found: Any, what: str) -> Router:
         kind = type(found).__name__
         raise UsageError(f"{what} must be a Router or an AsyncRouter, and is a {kind}")
     return found
+
+
+def look_at(router: Router) -> State:
+    """Return what a router's nodes say; nothing is changed."""
+    from redishacks.router.health import look
+
+    return ask_nodes(router, look(router._nodes()))
+
+
+def ask_nodes(router: Router, steps: Steps[T]) -> T:
+    """Have a router's nodes say something, and tell them nothing."""
+    from redishacks.router.health import observer
+
+    return drive(steps, observer(router._nodes()), DEADLINE)
+
+
+def in_use(router: Router) -> State:
+    """Return what a router's nodes say; raises when nobody has used them yet."""
+    state = look_at(router)
+    if state.topology is None:
+        away = any(node.error is not None for node in state.nodes)
+        raise (UnavailableError if away else UsageError)(state.problems[0])
+    return state
 
 
 def title_of(router: Router) -> str:

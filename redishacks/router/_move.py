@@ -72,11 +72,19 @@ class Move:
         self._said_at = 0.0
         self._seen = self._moved = 0
 
-    def run(self, target: Placement | None, version: int | None = None) -> Steps[Progress]:
+    def run(
+        self,
+        target: Placement | None,
+        version: int | None = None,
+        before: Placement | None = None,
+    ) -> Steps[Progress]:
         """Move all to a placement, or end what another mover began (None).
 
-        With a `version` nothing is begun unless that is what is stored.
+        With a `version`, and what was `before`, nothing is begun unless that is what is stored.
         """
+        for name in target.nodes if target is not None else ():
+            if name not in self._names:
+                raise UsageError(f"node {name} was not given to this router")
         yield from self._claim(force=self._force)
         try:
             yield from self._nodes.refresh()
@@ -87,6 +95,8 @@ class Move:
                         f"the plan is for version {version} of the topology, which is at "
                         f"{topology.version} by now: make another plan"
                     )
+                if before is not None and before.describe() != topology.placement.describe():
+                    raise UsageError("the plan is for other nodes than these: make another plan")
                 if target is None:
                     raise UsageError("nothing is moving: there is nothing to go on with")
                 yield from self._publish(CLOSING, topology.placement, target)

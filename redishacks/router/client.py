@@ -137,7 +137,9 @@ class _Base:
             take_over=take_over,
             on_progress=on_progress,
         )
-        return move.run(plan.new, plan.version) if plan is not None else move.run(None)
+        if plan is None:
+            return move.run(None)
+        return move.run(plan.new, plan.version, plan.old)
 
 
 class Router(_Base, CoreCommands):

@@ -1,11 +1,12 @@
 """What each node of a router says of itself, compared: `look`, `find` and `verify`.
 
-    state = drive(look(nodes), transport)
+    state = drive(look(nodes), observer(nodes))
     state.problems             # ("node c goes by version 3, not 4", …)
     print(moving(state.topology))
 
-They only read: a client that finds a node without its stamp tells it again, and these do not. For
-`redishacks nodes`, `redishacks reshard` and `redishacks doctor`.
+They only read. A client's own transport first sees that all nodes know what they are, and tells
+those that do not; the one that `observer` returns tells them nothing. For `redishacks nodes`,
+`redishacks reshard` and `redishacks doctor`.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any, NamedTuple
 
 from redishacks._command import Command, Outcome, Steps, ask, ask_all
 from redishacks._slots import hash_tag, key_slot
+from redishacks._transport import Settings, SyncTransport, connect_nodes
 from redishacks.errors import (
     RedisHacksError,
     ServerError,
@@ -42,6 +44,22 @@ _TRIALS = (
     ("CLIENT", "UNBLOCK", _NOBODY),
     ("CLIENT", "SETNAME", "rh-topology"),
 )
+
+
+class _Untold(Nodes):
+    """Nodes that are told nothing, whatever they say."""
+
+    def refresh(self) -> Steps[None]:
+        """Leave them as they are."""
+        self.stale = False
+        return
+        yield
+
+
+def observer(nodes: Nodes) -> SyncTransport:
+    """Return a transport to the same nodes that changes nothing there."""
+    routes = nodes.twin(_Untold)
+    return connect_nodes(routes.settings(nodes.open(nodes.names[0]), Settings()), routes)
 
 
 class NodeState(NamedTuple):
@@ -114,7 +132,7 @@ def look(nodes: Nodes) -> Steps[State]:
         share = 0.0
         if name in used:
             share = counts.get(name, 0) / sum(counts.values()) if counts else 1 / len(used)
-        error = errors.get(name) if name in names else UsageError("it is not given here")
+        error = errors.get(name) if name in names else UsageError(f"node {name} is not given here")
         address = nodes.shown(name) if name in names else ""
         if topology is not None and not address:
             address = topology.addresses.get(name, "")
@@ -241,9 +259,9 @@ def find(nodes: Nodes, keys: Sequence[bytes]) -> Steps[list[Place]]:
     state = yield from look(nodes)
     topology = state.topology
     if topology is None:
-        why = state.problems[0] if state.problems else ""
-        raise (UnavailableError if any(node.error for node in state.nodes) else UsageError)(why)
-    addresses = {node.name: node.address for node in state.nodes}
+        away = any(node.error is not None for node in state.nodes)
+        raise (UnavailableError if away else UsageError)(state.problems[0])
+    known = {node.name: node for node in state.nodes}
     places = []
     for key in keys:
         name = old = topology.placement.node_for(key)
@@ -251,11 +269,15 @@ def find(nodes: Nodes, keys: Sequence[bytes]) -> Steps[list[Place]]:
             name = topology.target.node_for(key)
         slot = key_slot(key) if isinstance(serving_of(topology), SlotTable) else None
         tag = hash_tag(key) if slot is not None else key
-        place = Place(key, tag, slot, name, addresses[name], None, old if old != name else None)
-        try:
-            place = place._replace(now=(yield from _now(nodes, place)))
-        except RedisHacksError as error:
-            place = place._replace(error=error)
+        error = known[name].error or known[old].error
+        place = Place(key, tag, slot, name, known[name].address, None, None, error)
+        if old != name:
+            place = place._replace(old=old)
+        if error is None:
+            try:
+                place = place._replace(now=(yield from _now(nodes, place)))
+            except RedisHacksError as error:
+                place = place._replace(error=error)
         places.append(place)
     return places
 
@@ -265,8 +287,6 @@ def _now(nodes: Nodes, place: Place) -> Steps[str | None]:
     for name in (place.old, place.node):
         if name is None:
             continue
-        if name not in nodes.names:
-            raise UsageError(f"node {name} is not given here")
         at = nodes.open(name)
         commands = [nodes.layout.present(at, place.key)]
         if name == place.old:
