@@ -6,7 +6,9 @@ import re
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from redishacks.counters import BufferedCounter, FlushJob
 from redishacks.locks import Lock, MultiLock, RWLock, Semaphore
 from redishacks.ratelimit import Ban, ConcurrencyLimiter, Limit, RateLimiter
 from redishacks.sinks import PostgresSink
+from redishacks.testing import Server, valkey_server
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 
@@ -27,7 +30,16 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", README, re.M | re.S)
 
 
-def test_every_python_example_runs(valkey: Any, pg_dsn: str, prefix: str) -> None:
+@pytest.fixture
+def nodes() -> Iterator[list[Server]]:
+    """Three servers."""
+    with ExitStack() as stack:
+        yield [stack.enter_context(valkey_server()) for _ in range(3)]
+
+
+def test_every_python_example_runs(
+    valkey: Any, pg_dsn: str, prefix: str, nodes: list[Server]
+) -> None:
     """The examples run one after another, as a reader would type them."""
     with psycopg.connect(pg_dsn) as db:
         db.execute("CREATE TABLE pages (path text PRIMARY KEY, hits bigint)")
@@ -41,6 +53,8 @@ def test_every_python_example_runs(valkey: Any, pg_dsn: str, prefix: str) -> Non
     for block in blocks("python"):
         code = block.replace("redis://localhost:6379", valkey.url)
         code = code.replace("postgresql://localhost/app", pg_dsn)
+        for number, node in enumerate(nodes, 1):
+            code = code.replace(f"redis://10.0.0.{number}", node.url)
         # An expression with a result in its comment is a promise.
         code = re.sub(r"^(\w.*?\))\s+# .*: (\S.*)$", r"assert \1 == \2, \1", code, flags=re.M)
         exec(compile(code, "README.md", "exec"), names)

@@ -117,14 +117,18 @@ def connect_async(client: Any, on_command: Hook | None = None) -> AsyncTransport
     return transport if on_command is None else AsyncObserved(transport, on_command)
 
 
-def connect_nodes(settings: Settings, routes: Routes) -> SyncTransport:
-    """Return a transport for several nodes; `settings` are those of any."""
-    return registry.add(SyncTransport(settings, routes))
+def connect_nodes(routes: Routes) -> SyncTransport:
+    """Return a transport for several nodes."""
+    return registry.add(SyncTransport(_any(routes), routes))
 
 
-def connect_nodes_async(settings: Settings, routes: Routes) -> AsyncTransport:
+def connect_nodes_async(routes: Routes) -> AsyncTransport:
     """The same for asyncio."""
-    return registry.add(AsyncTransport(settings, routes))
+    return registry.add(AsyncTransport(_any(routes), routes))
+
+
+def _any(routes: Routes) -> Settings:
+    return routes.settings(min(routes.nodes()), Settings())
 
 
 def read_settings(client: Any, *, asynchronous: bool) -> Settings:

@@ -116,8 +116,11 @@ class Lane:
 class Node:
     """One server as one loop reaches it: a lane for all, and one for what is large or slow."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, settings: Settings) -> None:
-        self.address = settings.address
+    def __init__(
+        self, loop: asyncio.AbstractEventLoop, settings: Settings, address: Address
+    ) -> None:
+        #: As routes know it, which may be by a name.
+        self.address = address
         self._shared = Lane(loop, settings)
         self._bulk = Lane(loop, settings)
         self._loop, self._settings = loop, settings
@@ -232,7 +235,7 @@ class Site:
             settings = self._settings
             if self._routes is not None:
                 settings = self._routes.settings(address, settings)
-            node = ForeignNode(settings) if settings.foreign else Node(self.loop, settings)
+            node = ForeignNode(settings) if settings.foreign else Node(self.loop, settings, address)
             self._nodes[address] = node
             self._known.add(node)
         return node
@@ -320,7 +323,7 @@ class AsyncTransport:
 
     async def learn(self, deadline: float) -> None:
         """See that it is known who has which keys; raises what hinders it."""
-        if self._routes is not None and self._routes.view is None:
+        if self._routes is not None and (self._routes.view is None or self._routes.stale):
             talk: Talk[None] = self._talk((), deadline, monotonic())
             await self._prepare(self._site(), self._routes, talk)
 

@@ -109,6 +109,14 @@ class SlotMap:
     def broken(self, node: Address) -> None:
         """Every node is asked."""
 
+    def silent(self, node: Address) -> bool:
+        """A cluster makes another node primary."""
+        return False
+
+    def instead(self, node: Address) -> Address:
+        """Return the same one."""
+        return node
+
     def moving(self, keys: Sequence[bytes]) -> None:
         """Nothing is to be done before a command."""
 
@@ -133,6 +141,10 @@ class SlotMap:
 
     def kept(self, words: Words) -> None:
         """Nothing would make a node forget itself."""
+
+    def visible(self, keys: list[bytes]) -> list[bytes]:
+        """Return all of them."""
+        return keys
 
     def settings(self, address: Address, usual: Settings) -> Settings:
         """Return how to reach a node: as any other one."""

@@ -187,6 +187,7 @@ class Talk(Generic[T]):
         """End all with an error that has nothing to do with any node."""
         for index in self._open:
             self._settle(index, error)
+        self._open = []
 
     def to_pull(self) -> tuple[View, list[bytes]] | None:
         """Return keys that must be moved to their new node before this round, and by which view."""
@@ -337,7 +338,8 @@ class Talk(Generic[T]):
             return pause
         for index in self._open:
             what = name(self._commands[index])
-            why = self._last.get(index, "no connection in time")
+            _, down = self._down.get(index, (None, "no connection in time"))
+            why = self._last.get(index, down)
             self._settle(
                 index, UnavailableError(f"{what}: not done within {self.deadline:g} s: {why}")
             )
@@ -368,6 +370,8 @@ class Talk(Generic[T]):
             node = self._home
         elif view is not None:
             node = view.route(command.keys, down)
+            if not command.keys and self._routes.troubled:
+                node = self._routes.instead(node)
         else:
             down, why = node, _ = self._home, "no node tells who has which keys"
         if node == down:

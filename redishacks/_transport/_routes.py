@@ -84,6 +84,9 @@ class Routes(Protocol):
     def kept(self, words: Words) -> Command[Any] | None:
         """Return what must be said instead of something that would make a node forget itself."""
 
+    def visible(self, keys: list[bytes]) -> list[bytes]:
+        """Return keys of a node as its users know them: without those that are not theirs."""
+
     def settings(self, address: Address, usual: Settings) -> Settings:
         """Return how to reach a node."""
 
@@ -105,6 +108,12 @@ class Routes(Protocol):
 
     def broken(self, node: Address) -> str | None:
         """Return why a node is not asked for now; None for one that is, also to try it again."""
+
+    def silent(self, node: Address) -> bool:
+        """Whether a node did not answer when it was asked last."""
+
+    def instead(self, node: Address) -> Address:
+        """Return a node that has answered, for what any node may be asked; this one if it can."""
 
     def told(self, view: View) -> Sequence[Words]:
         """Return what a connection is told when a view is gone by on it, and every now and then."""

@@ -74,8 +74,9 @@ class Guest(Protocol):
 class Node:
     """One server and the connections to it."""
 
-    def __init__(self, settings: Settings) -> None:
-        self.address = settings.address
+    def __init__(self, settings: Settings, address: Address | None = None) -> None:
+        #: As routes know it, which may be by a name.
+        self.address = address or settings.address
         self._settings = settings
         self._idle: deque[Channel] = deque()
         #: All that are open, those in use too: a forked child must close them. Weak, for one in
@@ -315,7 +316,7 @@ class SyncTransport:
 
     def learn(self, deadline: float) -> None:
         """See that it is known who has which keys; raises what hinders it."""
-        if self._routes is not None and self._routes.view is None:
+        if self._routes is not None and (self._routes.view is None or self._routes.stale):
             self._prepare(self._routes, self._talk((), deadline, monotonic()))
 
     def converse(self, keys: Sequence[bytes], deadline: float) -> Conversation:
@@ -387,7 +388,7 @@ class SyncTransport:
             settings = self._settings
             if self._routes is not None:
                 settings = self._routes.settings(address, settings)
-            node = self._nodes.setdefault(address, Node(settings))
+            node = self._nodes.setdefault(address, Node(settings, address))
             self._known.add(node)
         return node
 
@@ -425,10 +426,12 @@ class SyncTransport:
                     _send(talk, node, link, message, under_way)
             # Connecting may take all the time there is: by now the other nodes are at work.
             for node, message in later:
+                began = monotonic()
                 try:
                     link = node.borrow(talk)
                 except (Unreachable, Refused, RedisHacksError) as error:
                     talk.unsaid(message, error)
+                    talk.connected(monotonic() - began)  # the next node has its time too
                 else:
                     _send(talk, node, link, message, under_way)
             while under_way:

@@ -6,11 +6,15 @@ long by a table that is out of date.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-from redishacks._command import Command, Steps, ask_all
+from redishacks._clock import clock
+from redishacks._command import Command, Steps, ask_all, call
+from redishacks._transport import Overtaken
 from redishacks.errors import ServerError, UsageError
+from redishacks.router._core import Core, Said
+from redishacks.router._dialect import value_of
 
 #: Seconds of one word.
 _SLICE = 1.0
@@ -21,7 +25,29 @@ _FIRST = {b"BLMPOP", b"BZMPOP"}
 _OPTION = {b"XREAD", b"XREADGROUP"}
 
 
-class Wait:
+def wait(core: Core, said: Said, deadline: float) -> Steps[Any]:
+    """Say a call that waits, until there is something or its time is over."""
+    words, parse = said
+    command = yield from core.command(said)
+    what = _Wait((yield from _pinned(words, command.keys)))
+    end = None if what.patience is None else clock() + what.patience
+    while True:
+        talk = yield from call(core.transport.converse, command.keys, deadline)
+        try:
+            now, seconds = what.slice(None if end is None else end - clock())
+            began = clock()
+            (reply,) = yield from call(talk.ask, [now], seconds + deadline)
+        except Overtaken:
+            continue
+        finally:
+            talk.close()
+        if reply is None and clock() - began < seconds / 2:
+            core.routes.doubt()  # whoever moves keys has ended the wait
+        if reply is not None or (end is not None and clock() >= end):
+            return value_of(reply, parse)
+
+
+class _Wait:
     """A command that waits, and how long it still may."""
 
     def __init__(self, words: tuple[bytes, ...]) -> None:
@@ -50,8 +76,8 @@ class Wait:
         return tuple(words), seconds
 
 
-def pinned(words: tuple[bytes, ...], keys: Sequence[bytes]) -> Steps[tuple[bytes, ...]]:
-    """Return a call that means the same a second later: for `$`, the id that is the last one now."""
+def _pinned(words: tuple[bytes, ...], keys: Sequence[bytes]) -> Steps[tuple[bytes, ...]]:
+    """Return a call that means the same a second later: for `$` the id that is the last now."""
     if words[0].upper() != b"XREAD" or b"$" not in words[-len(keys) :]:
         return words
     ids = list(words[-len(keys) :])
@@ -63,11 +89,8 @@ def pinned(words: tuple[bytes, ...], keys: Sequence[bytes]) -> Steps[tuple[bytes
                 ids[at] = b"0-0"
                 continue
             found = outcome.result()
-            fields = (
-                found
-                if isinstance(found, dict)
-                else dict(zip(found[::2], found[1::2], strict=True))
-            )
+            pairs = found.items() if isinstance(found, dict) else _pairs(found)
+            fields = dict(pairs)
             ids[at] = fields[b"last-generated-id"]
     return (*words[: -len(keys)], *ids)
 
@@ -90,3 +113,7 @@ def _place(words: Sequence[bytes]) -> int | None:
             if word.upper() == b"BLOCK":
                 return at + 1
     return None
+
+
+def _pairs(flat: Sequence[Any]) -> Iterator[tuple[Any, Any]]:
+    return zip(flat[::2], flat[1::2], strict=True)

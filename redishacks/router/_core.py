@@ -11,6 +11,7 @@ from redishacks._keys import id_shown
 from redishacks._slots import key_slot, key_slots
 from redishacks._transport import Address, AsyncTransport, Overtaken, SyncTransport, View
 from redishacks.errors import (
+    MaybeAppliedError,
     PartlyAppliedError,
     RedisHacksError,
     UnavailableError,
@@ -24,6 +25,8 @@ from redishacks.router.replies import Results
 
 #: Calls that are split over nodes: kind, and whether they write.
 _SPLIT = {b"MGET": MGET, b"MSET": SET, **{kind.encode(): kind for kind in SUMS}}
+#: What any node may be asked.
+_ANYWHERE = {b"PING", b"ECHO", b"TIME", b"COMMAND", b"EVAL", b"EVAL_RO"}
 _COMMAND: Command[KeySpecs] = Command(("COMMAND",), parse=KeySpecs, repeatable=True, bulk=True)
 
 #: Seconds for learning who has which keys.
@@ -103,6 +106,8 @@ class Core:
         """Say a call, whatever it takes; returns its value or raises its error."""
         words, parse = said
         kind = _SPLIT.get(words[0].upper())
+        if words == (b"MGET",):
+            return []  # so does redis-py
         if kind is not None and len(words) > 1:
             return (yield from self._split(kind, words, parse))
         return (yield from ask((yield from self.command(said))))
@@ -129,6 +134,11 @@ class Core:
             if isinstance(outcome.error, UnavailableError):
                 raise outcome.error
             keys = specs.learn(words, outcome.error or outcome.value or [])
+        if not keys and words[0].upper() not in _ANYWHERE:
+            name = words[0].decode(errors="replace")
+            raise UsageError(
+                f"{name}: no key says which node it is for; fanout() is for all, or for some"
+            )
         return Command(words, tuple(keys), parse, None, specs.is_read_only(words))
 
     def _split(
@@ -154,7 +164,8 @@ class Core:
         yield from self.settle(dict(enumerate(calls)), results, len(calls))
         failed = {id_shown(keys[place]): error for place, error in results.errors.items()}
         if failed:
-            first = next(iter(results.errors.values()))
+            doubts = [e for e in results.errors.values() if isinstance(e, MaybeAppliedError)]
+            first = next(iter(doubts or results.errors.values()))
             if len(results.errors) == len(calls) or kind is MGET or kind == "EXISTS":
                 raise first
             raise PartlyAppliedError(
@@ -169,9 +180,9 @@ class Core:
     # Batches
 
     def settle_gets(self, keys: Sequence[Any], results: Results) -> Steps[bool]:
-        """Settle a batch of nothing but GETs, as keys, if that can be done in one exchange.
+        """Settle a batch of nothing but GETs, as keys: mostly that is done in one exchange.
 
-        Else it returns False, and nothing has become of the batch.
+        When it does not know how, it returns False, and nothing has become of the batch.
         """
         if set(map(type, keys)) != {bytes}:
             return False
@@ -189,10 +200,26 @@ class Core:
             [_coalesce.gets(some)._replace(node=node) for node, some in groups.items()], view
         )
         found: dict[Address, Iterator[Any]] = {}
+        errors: dict[Address, Exception] = {}
         for node, outcome in zip(groups, outcomes, strict=True):
-            if outcome.error is not None or outcome.value is None:
-                return False  # reads do no harm twice
-            found[node] = iter(outcome.value)
+            if outcome.value is not None:
+                found[node] = iter(outcome.value)
+            elif outcome.error is not None and not isinstance(outcome.error, Overtaken):
+                errors[node] = outcome.error
+        if len(found) < len(groups):
+            results.begin(len(keys))
+            again: dict[int, Call] = {}
+            for place, (key, owner) in enumerate(zip(keys, owners, strict=True)):
+                one = yield from self.call(self.say(("GET", key), {}))
+                if owner in found:
+                    results.values[place] = one.command.parse(next(found[owner]))
+                elif owner in errors:
+                    results.errors[place] = errors[owner]
+                else:
+                    again[place] = one
+            results.locate(lambda place: self.routes.where((keys[place],)))
+            yield from self._rest(again, results)
+            return True
         values = [next(found[owner]) for owner in owners]
         if self.dialect.decodes:
             values = [self.dialect.decode(value) for value in values]
@@ -204,6 +231,13 @@ class Core:
     def settle(self, calls: Mapping[int, Call], results: Results, count: int) -> Steps[None]:
         """Say a batch, each call by its place; when this returns, each has ended."""
         results.begin(count)
+        results.locate(
+            lambda place: self.routes.where(calls[place].command.keys) if place in calls else ""
+        )
+        yield from self._rest(calls, results)
+
+    def _rest(self, calls: Mapping[int, Call], results: Results) -> Steps[None]:
+        """Say what is left of a batch, of which all else has ended."""
         left = calls
         try:
             yield from self.learn()
@@ -236,7 +270,6 @@ class Core:
             keys = each.command.keys
             groups[node if merges or not keys else key_slot(keys[0])].append((place, each))
         plans = {group: _coalesce.stages(some) for group, some in groups.items()}
-        results.locate(lambda place: self.routes.where(calls[place].command.keys))
         again: dict[int, Call] = {}
         while plans:
             yield from self._stage(view, plans, calls, results, again)
@@ -273,6 +306,14 @@ class Core:
                 else:
                     results.settle(place, outcome)
         for group, plan in list(plans.items()):
+            if view.version and plan and self.routes.silent(group):
+                # To be told more it would take time that others need.
+                for place in (place for stage in plan for run in stage for place in run.places):
+                    results.errors[place] = UnavailableError(
+                        f"not sent: {self.routes.where(calls[place].command.keys)} did not answer "
+                        "to what comes before it"
+                    )
+                plan.clear()
             if not plan:
                 del plans[group]
         if again:  # what follows waits for it

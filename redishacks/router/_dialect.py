@@ -9,9 +9,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import redis
+from hiredis import ReplyError
 from redis.client import EMPTY_RESPONSE, NEVER_DECODE
 
-from redishacks.errors import UsageError
+from redishacks.errors import ServerError, UsageError
 
 _OURS = {EMPTY_RESPONSE, NEVER_DECODE, "keys"}
 
@@ -76,3 +77,10 @@ class Dialect:
 
 def _as_is(reply: Any) -> Any:
     return reply
+
+
+def value_of(reply: Any, parse: Callable[[Any], Any]) -> Any:
+    """Return what redis-py makes of a raw reply; raises `ServerError` for an error."""
+    if isinstance(reply, ReplyError):
+        raise ServerError(str(reply))
+    return parse(reply)

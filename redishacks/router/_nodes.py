@@ -231,6 +231,10 @@ class Nodes:
             raise UsageError("FLUSHALL would drop what the nodes know of the router: use FLUSHDB")
         return self.layout.flush() if name in (b"FLUSHDB", "FLUSHDB") else None
 
+    def visible(self, keys: list[bytes]) -> list[bytes]:
+        """Return keys of a node as its users know them: without those that are the router's own."""
+        return self.layout.visible(keys)
+
     def where(self, keys: Sequence[bytes]) -> str:
         """Name the node for these keys; empty when it could be any."""
         view = self.view
@@ -271,6 +275,15 @@ class Nodes:
         # This call tries it; others go on without it meanwhile.
         self._trouble[node[0]] = count, now + pause, pause
         return None
+
+    def silent(self, node: Address) -> bool:
+        """Whether a node did not answer when it was asked last."""
+        return node[0] in self._trouble
+
+    def instead(self, node: Address) -> Address:
+        """Return a node that has answered, for what any node may be asked; this one if it can."""
+        well = [each for name, each in self.every().items() if name not in self._trouble]
+        return node if node in well or not well else random.choice(well)
 
     def told(self, view: View) -> Sequence[Words]:
         """Return what a connection is told: the version, as its name. And what it is asked."""

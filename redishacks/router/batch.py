@@ -18,7 +18,7 @@ from typing import Any
 
 from redis.commands import CoreCommands
 
-from redishacks._command import Steps
+from redishacks._command import Command, Steps
 from redishacks.errors import RedisHacksError, UsageError
 from redishacks.router._coalesce import OTHER, Call
 from redishacks.router._core import Core, Said
@@ -35,7 +35,7 @@ class Batch(CoreCommands):
     def __init__(self, core: Core) -> None:
         self._core = core
         #: A key alone stands for a plain GET: by far the most.
-        self._said: list[Said | bytes | Queue] = []
+        self._said: list[Said | bytes | Queue | Command[Any]] = []
         self._results = Results()
 
     def execute_command(self, *args: Any, **options: Any) -> Reply:
@@ -44,7 +44,8 @@ class Batch(CoreCommands):
             raise UsageError("this batch was sent already: begin another one")
         said = self._said
         reply = Reply(self._results, len(said))
-        said.append(self._core.say(args, options))
+        # A command that was made already: a script.
+        said.append(args[0] if type(args[0]) is Command else self._core.say(args, options))
         return reply
 
     @contextmanager
@@ -61,7 +62,10 @@ class Batch(CoreCommands):
         """Record a GET; raises `UsageError` for what cannot be encoded."""
         kind = type(name)
         if kind is not bytes:
-            name = name.encode() if kind is str else self._core.dialect.encode(name)
+            try:
+                name = name.encode() if kind is str else self._core.dialect.encode(name)
+            except UnicodeEncodeError:
+                name = self._core.dialect.encode(name)  # which says so
         if self._results.settled:
             return self.execute_command("GET", name)
         said = self._said
@@ -76,7 +80,9 @@ class Batch(CoreCommands):
             calls: dict[int, Call] = {}
             for place, one in enumerate(said):
                 try:
-                    if isinstance(one, Queue):
+                    if isinstance(one, Command):
+                        calls[place] = Call(OTHER, one)
+                    elif isinstance(one, Queue):
                         calls[place] = Call(OTHER, (yield from one.as_command()))
                     else:
                         said_so = core.say(("GET", one), {}) if isinstance(one, bytes) else one

@@ -17,50 +17,45 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from time import monotonic
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
-import redis
 from redis.commands import AsyncCoreCommands, CoreCommands
 
 from redishacks._command import Command, Outcome, Steps
 from redishacks._drive import drive, drive_async
 from redishacks._slots import hash_tag, key_slot
 from redishacks._transport import (
-    AsyncConversation,
     AsyncTransport,
-    Conversation,
-    Overtaken,
-    Settings,
     SyncTransport,
     connect,
     connect_async,
     connect_nodes,
     connect_nodes_async,
-    read_settings,
 )
 from redishacks._units import Seconds, seconds
 from redishacks.errors import UsageError
-from redishacks.router._blocking import Wait, pinned, waits
-from redishacks.router._core import Core, Said
+from redishacks.router._blocking import wait, waits
+from redishacks.router._core import Core
 from redishacks.router._dialect import Dialect
+from redishacks.router._given import Node, dialect_of, read
 from redishacks.router._move import Move, Progress
 from redishacks.router._nodes import Nodes
 from redishacks.router.balance import Balance, measure
 from redishacks.router.batch import Batch
-from redishacks.router.commands import Layout
 from redishacks.router.fanout import AsyncFanout, Fanout
-from redishacks.router.placement import Placement, check_name, check_weights
+from redishacks.router.placement import Placement
 from redishacks.router.reshard import Plan, survey
-from redishacks.router.topology import Wanted
-from redishacks.router.transaction import AsyncTransaction, Transaction, value_of, watch
+from redishacks.router.scan import Scan
+from redishacks.router.scripts import RouterScript
+from redishacks.router.transaction import AsyncTransaction, Transaction, watch
 
 T = TypeVar("T")
+X = TypeVar("X", SyncTransport, AsyncTransport)
 
 #: Seconds for a survey of all nodes, and for one exchange of a move.
 _SURVEY, _MOVING = 600.0, 30.0
-
-#: What a node may be given as: a URL, a client of redis-py, or {"url": …, "weight": …}.
-Node = Any
+#: Seconds that a call may take longer when its nodes must be asked again, and one took all.
+_GRACE = 0.05
 
 
 class Explanation(NamedTuple):
@@ -80,12 +75,27 @@ class Explanation(NamedTuple):
         return f"{self.key!r}: slot {self.slot} {by}, on {self.node}"
 
 
-class _Base:
+class _Base(Generic[X]):
     """What both colours know without asking anybody."""
 
-    _core: Core
     #: redis-py's commands expect one; nobody listens.
     _event_dispatcher: Any = None
+
+    def _begin(self, transport: X, dialect: Dialect, deadline: Seconds) -> None:
+        self._transport: X = transport
+        self._core = Core(transport, dialect)
+        self._deadline = seconds(deadline, "deadline")
+
+    @property
+    def redishacks_transport(self) -> X:
+        """How commands reach the nodes: what every tool takes a router for."""
+        return self._transport
+
+    def register_script(self, script: str | bytes) -> RouterScript:
+        """Return a script to be called with keys: see `redishacks.router.scripts`."""
+        return RouterScript(
+            self._core, script, lambda command: self._transport.call(command, self._deadline)
+        )
 
     def slot(self, key: Any) -> int:
         """Return the slot of a key: what `CLUSTER KEYSLOT` says."""
@@ -142,7 +152,7 @@ class _Base:
         return move.run(plan.new, plan.version, plan.old)
 
 
-class Router(_Base, CoreCommands):
+class Router(_Base[SyncTransport], CoreCommands):  # type: ignore[misc]
     """redis-py's commands over several nodes; threads, greenlets and forked children may share it.
 
     - `nodes`: names, and for each a URL, a `redis.Redis`, or `{"url": …, "weight": …}` with either.
@@ -165,29 +175,18 @@ class Router(_Base, CoreCommands):
         deadline: Seconds = 1.0,
         prefix: str = "rh",
     ) -> None:
-        routes, dialect = _read(nodes, placement, prefix, asynchronous=False)
-        settings = routes.settings(next(iter(sorted(routes.nodes()))), Settings())
-        self._begin(connect_nodes(settings, routes), dialect, deadline)
+        routes, dialect = read(nodes, placement, prefix, asynchronous=False)
+        self._begin(connect_nodes(routes), dialect, deadline)
 
     @classmethod
     def over(cls, cluster: Any, *, deadline: Seconds = 1.0) -> Router:
         """Return a router over a `redis.RedisCluster`: its nodes say who has which keys."""
+        router = cls.__new__(cls)
         transport = connect(cluster).bare
         if not transport.sharded:
             raise UsageError("Router.over takes a redis.RedisCluster")
-        router = cls.__new__(cls)
-        router._begin(transport, _dialect_of(cluster), deadline)
+        router._begin(transport, dialect_of(cluster), deadline)
         return router
-
-    def _begin(self, transport: SyncTransport, dialect: Dialect, deadline: Seconds) -> None:
-        self._transport = transport
-        self._core = Core(transport, dialect)
-        self._deadline = seconds(deadline, "deadline")
-
-    @property
-    def redishacks_transport(self) -> SyncTransport:
-        """How commands reach the nodes: what every tool takes a router for."""
-        return self._transport
 
     def connect(self) -> None:
         """Learn who has which keys; the first call does so by itself."""
@@ -201,25 +200,16 @@ class Router(_Base, CoreCommands):
             return self._transport.call(command, self._deadline)
         said = core.say(args, options)
         if waits(said[0]):
-            return self._wait(said)
+            return drive(wait(core, said, self._deadline), self._transport, self._deadline)
         return self._drive(core.run(said), self._deadline)
 
-    def _wait(self, said: Said) -> Any:
-        words, parse = said
-        command = self._drive(self._core.command(said), self._deadline)
-        wait = Wait(self._drive(pinned(words, command.keys), self._deadline))
-        end = None if wait.patience is None else monotonic() + wait.patience
-        while True:
-            talk = self._transport.converse(command.keys, self._deadline)
-            try:
-                said_now, seconds = wait.slice(None if end is None else end - monotonic())
-                (reply,) = talk.ask([said_now], seconds + self._deadline)
-            except Overtaken:
-                continue
-            finally:
-                talk.close()
-            if reply is not None or (end is not None and monotonic() >= end):
-                return value_of(reply, parse)
+    def scan_iter(
+        self, match: Any = None, count: int | None = None, _type: str | None = None, **more: Any
+    ) -> Iterator[Any]:
+        """Return all keys of all nodes, some at a time: see `redishacks.router.scan`."""
+        scan = Scan(self._core, match, count, _type)
+        while (keys := self._drive(scan.page(), self._deadline)) is not None:
+            yield from keys
 
     @contextmanager
     def map(self, *, deadline: Seconds | None = None, on_error: str = "raise") -> Iterator[Batch]:
@@ -290,56 +280,28 @@ class Router(_Base, CoreCommands):
         See `redishacks.router.transaction`. All keys are on one node. Raises `WatchError` when a
         watched key was changed, and `BatchError` when commands failed after others were done.
         """
-        core = self._core
-        if not keys:
-            queue = Transaction(core, None, self._deadline)
-            yield queue
-            if len(queue):
-                command = self._drive(queue.as_command(), self._deadline)
-                self._transport.call(command, self._deadline)
-                queue.check()
-            return
-        raws = [core.dialect.encode(key) for key in keys]
-        talk = self._watch(raws)
-        done = False
+        watched = [self._core.dialect.encode(key) for key in keys]
+        talk = self._drive(watch(self._core, watched, self._deadline), self._deadline)
+        queue = Transaction(self._core, watched, talk, self._deadline)
         try:
-            queue = Transaction(core, talk, self._deadline)
             yield queue
-            if len(queue):
-                command = self._drive(queue.as_command(), self._deadline)
-                core.together((*raws, *command.keys))
-                replies = talk.ask(queue.words(), self._deadline)
-                done = True
-                queue.hear(replies)
-                queue.check()
+            self._drive(queue.commit(), self._deadline)
         finally:
-            talk.close(keep=done)  # else it would go on watching
-
-    def _watch(self, keys: Sequence[bytes]) -> Conversation:
-        end = monotonic() + self._deadline
-        while True:
-            talk = self._transport.converse(keys, end - monotonic())
-            try:
-                value_of((talk.ask(watch(keys), self._deadline))[0], bool)
-                return talk
-            except BaseException as error:
-                talk.close(keep=False)
-                if not isinstance(error, Overtaken) or monotonic() >= end:
-                    raise
+            queue.leave()
 
     def close(self) -> None:
         """Close idle connections; the next call opens new ones."""
         self._transport.close()
 
     def _drive(self, steps: Steps[T], deadline: float) -> T:
-        return drive(steps, _Until(self._transport, monotonic() + deadline))
+        return drive(steps, _Until(self._transport, deadline))
 
     def _loaded(self) -> None:
         if self._core.routes.view is None:
             self.connect()
 
 
-class AsyncRouter(_Base, AsyncCoreCommands):  # type: ignore[misc]
+class AsyncRouter(_Base[AsyncTransport], AsyncCoreCommands):  # type: ignore[misc]
     """`Router` for asyncio; before `node_for` and `explain` comes `await router.connect()`."""
 
     def __init__(
@@ -350,29 +312,18 @@ class AsyncRouter(_Base, AsyncCoreCommands):  # type: ignore[misc]
         deadline: Seconds = 1.0,
         prefix: str = "rh",
     ) -> None:
-        routes, dialect = _read(nodes, placement, prefix, asynchronous=True)
-        settings = routes.settings(next(iter(sorted(routes.nodes()))), Settings())
-        self._begin(connect_nodes_async(settings, routes), dialect, deadline)
+        routes, dialect = read(nodes, placement, prefix, asynchronous=True)
+        self._begin(connect_nodes_async(routes), dialect, deadline)
 
     @classmethod
     def over(cls, cluster: Any, *, deadline: Seconds = 1.0) -> AsyncRouter:
         """Return a router over a `redis.asyncio.RedisCluster`."""
+        router = cls.__new__(cls)
         transport = connect_async(cluster).bare
         if not transport.sharded:
             raise UsageError("AsyncRouter.over takes a redis.asyncio.RedisCluster")
-        router = cls.__new__(cls)
-        router._begin(transport, _dialect_of(cluster), deadline)
+        router._begin(transport, dialect_of(cluster), deadline)
         return router
-
-    def _begin(self, transport: AsyncTransport, dialect: Dialect, deadline: Seconds) -> None:
-        self._transport = transport
-        self._core = Core(transport, dialect)
-        self._deadline = seconds(deadline, "deadline")
-
-    @property
-    def redishacks_transport(self) -> AsyncTransport:
-        """How commands reach the nodes: what every tool takes a router for."""
-        return self._transport
 
     async def connect(self) -> None:
         """Learn who has which keys; the first call does so by itself."""
@@ -386,25 +337,19 @@ class AsyncRouter(_Base, AsyncCoreCommands):  # type: ignore[misc]
             return await self._transport.call(command, self._deadline)
         said = core.say(args, options)
         if waits(said[0]):
-            return await self._wait(said)
+            return await drive_async(
+                wait(core, said, self._deadline), self._transport, self._deadline
+            )
         return await self._drive(core.run(said), self._deadline)
 
-    async def _wait(self, said: Said) -> Any:
-        words, parse = said
-        command = await self._drive(self._core.command(said), self._deadline)
-        wait = Wait(await self._drive(pinned(words, command.keys), self._deadline))
-        end = None if wait.patience is None else monotonic() + wait.patience
-        while True:
-            talk = await self._transport.converse(command.keys, self._deadline)
-            try:
-                said_now, seconds = wait.slice(None if end is None else end - monotonic())
-                (reply,) = await talk.ask([said_now], seconds + self._deadline)
-            except Overtaken:
-                continue
-            finally:
-                talk.close()
-            if reply is not None or (end is not None and monotonic() >= end):
-                return value_of(reply, parse)
+    async def scan_iter(  # type: ignore[override]
+        self, match: Any = None, count: int | None = None, _type: str | None = None, **more: Any
+    ) -> AsyncIterator[Any]:
+        """Return all keys of all nodes, some at a time: see `redishacks.router.scan`."""
+        scan = Scan(self._core, match, count, _type)
+        while (keys := await self._drive(scan.page(), self._deadline)) is not None:
+            for key in keys:
+                yield key
 
     @asynccontextmanager
     async def map(
@@ -467,42 +412,14 @@ class AsyncRouter(_Base, AsyncCoreCommands):  # type: ignore[misc]
         See `redishacks.router.transaction`. All keys are on one node. Raises `WatchError` when a
         watched key was changed, and `BatchError` when commands failed after others were done.
         """
-        core = self._core
-        if not keys:
-            queue = AsyncTransaction(core, None, self._deadline)
-            yield queue
-            if len(queue):
-                command = await self._drive(queue.as_command(), self._deadline)
-                await self._transport.call(command, self._deadline)
-                queue.check()
-            return
-        raws = [core.dialect.encode(key) for key in keys]
-        talk = await self._watch(raws)
-        done = False
+        watched = [self._core.dialect.encode(key) for key in keys]
+        talk = await self._drive(watch(self._core, watched, self._deadline), self._deadline)
+        queue = AsyncTransaction(self._core, watched, talk, self._deadline)
         try:
-            queue = AsyncTransaction(core, talk, self._deadline)
             yield queue
-            if len(queue):
-                command = await self._drive(queue.as_command(), self._deadline)
-                core.together((*raws, *command.keys))
-                replies = await talk.ask(queue.words(), self._deadline)
-                done = True
-                queue.hear(replies)
-                queue.check()
+            await self._drive(queue.commit(), self._deadline)
         finally:
-            talk.close(keep=done)  # else it would go on watching
-
-    async def _watch(self, keys: Sequence[bytes]) -> AsyncConversation:
-        end = monotonic() + self._deadline
-        while True:
-            talk = await self._transport.converse(keys, end - monotonic())
-            try:
-                value_of((await talk.ask(watch(keys), self._deadline))[0], bool)
-                return talk
-            except BaseException as error:
-                talk.close(keep=False)
-                if not isinstance(error, Overtaken) or monotonic() >= end:
-                    raise
+            queue.leave()
 
     def twin(self) -> Router:
         """Return a `Router` for the same nodes: a tool that is not for asyncio takes it."""
@@ -517,95 +434,70 @@ class AsyncRouter(_Base, AsyncCoreCommands):  # type: ignore[misc]
         await self._transport.aclose()
 
     async def _drive(self, steps: Steps[T], deadline: float) -> T:
-        return await drive_async(steps, _AsyncUntil(self._transport, monotonic() + deadline))
+        return await drive_async(steps, _AsyncUntil(self._transport, deadline))
 
     def _loaded(self) -> None:
         if self._core.routes.view is None:
             raise UsageError("nothing is known of the nodes yet: await router.connect() first")
 
 
+class _Clock:
+    """The time of several exchanges."""
+
+    def __init__(self, transport: SyncTransport | AsyncTransport, deadline: float) -> None:
+        self._routes, self._deadline = transport.routes, deadline
+        self._end = monotonic() + deadline
+        self._begun = False
+        self._learning = self._routes is not None and self._routes.view is None
+
+    def left(self) -> float:
+        """Return how many seconds the next exchange has."""
+        if self._learning and self._routes is not None and self._routes.view is not None:
+            # What went before was learning who has which keys, which has a time of its own.
+            self._learning = self._begun = False
+            self._end = monotonic() + self._deadline
+        if self._begun:
+            # For nodes that did answer, after one that took all the time there was.
+            return max(_GRACE, self._end - monotonic())
+        self._begun = True
+        return max(0.0, self._end - monotonic())
+
+
 class _Until:
     """Several exchanges that end at one time."""
 
-    def __init__(self, transport: SyncTransport, end: float) -> None:
-        self._transport, self._end = transport, end
+    def __init__(self, transport: SyncTransport, deadline: float) -> None:
+        self._transport, self._clock = transport, _Clock(transport, deadline)
 
     def call(self, command: Command[T], deadline: float) -> T:
         """Say one command in what is left of the time."""
-        return self._transport.call(command, max(0.0, self._end - monotonic()))
+        return self._transport.call(command, self._clock.left())
 
     def run(
         self, commands: Sequence[Command[T]], deadline: float, view: Any = None
     ) -> list[Outcome[T]]:
         """Say several in what is left of the time."""
-        return self._transport.run(commands, max(0.0, self._end - monotonic()), view)
+        return self._transport.run(commands, self._clock.left(), view)
 
 
 class _AsyncUntil:
     """The same for asyncio."""
 
-    def __init__(self, transport: AsyncTransport, end: float) -> None:
-        self._transport, self._end = transport, end
+    def __init__(self, transport: AsyncTransport, deadline: float) -> None:
+        self._transport, self._clock = transport, _Clock(transport, deadline)
 
     async def call(self, command: Command[T], deadline: float) -> T:
         """Say one command in what is left of the time."""
-        return await self._transport.call(command, max(0.0, self._end - monotonic()))
+        return await self._transport.call(command, self._clock.left())
 
     async def run(
         self, commands: Sequence[Command[T]], deadline: float, view: Any = None
     ) -> list[Outcome[T]]:
         """Say several in what is left of the time."""
-        return await self._transport.run(commands, max(0.0, self._end - monotonic()), view)
+        return await self._transport.run(commands, self._clock.left(), view)
 
 
 def _raises(on_error: str) -> bool:
     if on_error not in ("raise", "return"):
         raise UsageError(f'on_error is "raise" or "return", not {on_error!r}')
     return on_error == "raise"
-
-
-def _dialect_of(cluster: Any) -> Dialect:
-    options = cluster.get_connection_kwargs()
-    known = ("protocol", "decode_responses", "encoding", "encoding_errors")
-    given = {name: options[name] for name in known if options.get(name) is not None}
-    return Dialect(redis.Redis(**given))
-
-
-def _read(
-    nodes: Mapping[str, Node] | Iterable[tuple[str, Node]],
-    placement: Placement | None,
-    prefix: str,
-    *,
-    asynchronous: bool,
-) -> tuple[Nodes, Dialect]:
-    pairs = list(nodes.items() if isinstance(nodes, Mapping) else nodes)
-    settings: dict[str, Settings] = {}
-    weights: dict[str, Any] = {}
-    dialects: list[Dialect] = []
-    for name, given in pairs:
-        if check_name(name) in settings:
-            raise UsageError(f"node {name} is given twice")
-        client = given
-        if isinstance(given, Mapping):
-            if unknown := given.keys() - {"url", "weight"}:
-                raise UsageError(f"node {name}: url and weight, not {', '.join(sorted(unknown))}")
-            if "url" not in given:
-                raise UsageError(f"node {name}: its url is missing")
-            client = given["url"]
-            if "weight" in given:
-                weights[name] = given["weight"]
-        try:
-            settings[name] = read_settings(client, asynchronous=asynchronous)
-        except UsageError as error:
-            raise UsageError(f"node {name}: {error}") from None
-        dialects.append(Dialect(client))
-    check_weights({name: weights.get(name, 1) for name in settings})
-    if (
-        len({dialect.decodes for dialect in dialects}) > 1
-        or len({each.protocol for each in settings.values()}) > 1
-    ):
-        raise UsageError("all nodes must have the same protocol and decode_responses")
-    if placement is not None and weights:
-        raise UsageError("with a placement of your own, that is where weights are given")
-    wanted = Wanted(tuple(sorted(settings)), weights, placement)
-    return Nodes(settings, wanted, Layout(prefix)), dialects[0]

@@ -15,7 +15,7 @@ On every node:
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 from redishacks import _keys
@@ -53,15 +53,14 @@ class Layout:
     def _key(self, *rest: str) -> bytes:
         return _keys.make(self._prefix, TOOL, "router", *rest)
 
-    def is_own(self, key: bytes) -> bool:
-        """Return whether a key is the router's own, and not one that it has set aside."""
-        begin = self._key("")
-        return key.startswith(begin) and not key.startswith(self.aside_prefix)
-
-    @property
-    def pattern(self) -> str:
-        """Matches the router's own keys in SCAN."""
-        return _keys.literal(self._key("").decode()) + "*"
+    def visible(self, keys: Iterable[bytes]) -> list[bytes]:
+        """Return keys as users know them: none of our own, and what is aside by its name."""
+        own, aside = self._key(""), self.aside_prefix
+        return [
+            key.removeprefix(aside)
+            for key in keys
+            if not key.startswith(own) or key.startswith(aside)
+        ]
 
     @property
     def trial(self) -> bytes:
@@ -186,15 +185,10 @@ class Layout:
         self, address: Address, cursor: bytes, count: int
     ) -> Command[tuple[bytes, list[bytes]]]:
         """Read some of a node's keys, with the names that those had which are set aside."""
-        own, aside = self._key(""), self.aside_prefix
 
         def parse(reply: tuple[bytes, list[bytes]]) -> tuple[bytes, list[bytes]]:
             cursor, keys = reply
-            return cursor, [
-                key.removeprefix(aside)
-                for key in keys
-                if not key.startswith(own) or key.startswith(aside)
-            ]
+            return cursor, self.visible(keys)
 
         args = "SCAN", cursor, "COUNT", str(count)
         return Command(args, (), parse, repeatable=True, node=address)

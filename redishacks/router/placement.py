@@ -49,6 +49,8 @@ class Placement(Protocol):
 
 def check_name(name: object) -> str:
     """Return a node's name, or raise `UsageError`."""
+    if isinstance(name, str) and "@" in name:  # probably a URL, perhaps with a password
+        raise UsageError("a node's name is not its URL: it has no @")
     known = isinstance(name, str) and 0 < len(name) <= 64 and name.isascii() and name.isprintable()
     if isinstance(name, str) and known and not set(name) & set(" \"'{}%,"):
         return name

@@ -18,7 +18,7 @@ class Results:
         self.settled = False
         self.values: list[Any] = []
         self.errors: dict[int, Exception] = {}
-        self._where: Callable[[int], str] = str
+        self._where: Callable[[int], str] = lambda place: ""
 
     def begin(self, count: int) -> None:
         """Expect so many."""

@@ -16,16 +16,18 @@ batch, `m.transaction()` is the first form: its commands go out together with al
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hiredis import ReplyError
 from redis.commands import CoreCommands
 
-from redishacks._command import Command, Outcome, Steps
-from redishacks._transport import AsyncConversation, Conversation, Words, pack_words
+from redishacks._command import Command, Outcome, Steps, ask, call
+from redishacks._drive import drive, drive_async
+from redishacks._transport import Overtaken, Words, pack_words
 from redishacks.errors import RedisHacksError, ServerError, UsageError
 from redishacks.router._core import Core, Said
+from redishacks.router._dialect import value_of
 from redishacks.router.replies import BatchError, Reply, Results
 
 _MULTI, _EXEC = (b"MULTI",), (b"EXEC",)
@@ -102,64 +104,87 @@ class Queue(CoreCommands):
             raise BatchError([Reply(self._results, at) for at in range(len(self._said))])
 
 
-class Transaction(Queue):
-    """A transaction that may watch keys: then commands are said at once until `multi()`."""
+class _Transaction(Queue):
+    """What both colours of a transaction share."""
 
-    def __init__(self, core: Core, conversation: Conversation | None, deadline: float) -> None:
+    def __init__(
+        self, core: Core, watched: Sequence[bytes], conversation: Any, deadline: float
+    ) -> None:
         super().__init__(core)
+        self._watched = watched
         self._conversation = conversation
         self._deadline = deadline
         self._queues = conversation is None
+        self._done = False
 
     def multi(self) -> None:
         """Record commands from now on, to be said together when the block is left."""
         if self._queues:
             raise UsageError("commands are recorded already")
         self._queues = True
+
+    def commit(self) -> Steps[None]:
+        """Say what was recorded; raises `WatchError` and `BatchError`."""
+        if not len(self):
+            return
+        command = yield from self.as_command()
+        if self._conversation is None:
+            yield from ask(command)
+        else:
+            self._core.together((*self._watched, *command.keys))
+            replies = yield from call(self._conversation.ask, self.words(), self._deadline)
+            self._done = True
+            self.hear(replies)
+        self.check()
+
+    def leave(self) -> None:
+        """Give the connection back, or end it: else it would go on watching."""
+        if self._conversation is not None:
+            self._conversation.close(keep=self._done)
+
+    def _now(self, args: Sequence[Any], options: Mapping[str, Any]) -> Steps[Any]:
+        """Say a command at once, which must be for the node of what is watched."""
+        said = self._core.say(args, options)
+        command = yield from self._core.command(said)
+        self._core.together((*self._watched, *command.keys))
+        (reply,) = yield from call(self._conversation.ask, [said[0]], self._deadline)
+        return value_of(reply, said[1])
+
+
+class Transaction(_Transaction):
+    """A transaction that may watch keys: then commands are said at once until `multi()`."""
 
     def execute_command(self, *args: Any, **options: Any) -> Any:
         """Say a command, or record it."""
         if self._queues:
             return super().execute_command(*args, **options)
-        assert self._conversation is not None
-        words, parse = self._core.say(args, options)
-        return value_of(self._conversation.ask([words], self._deadline)[0], parse)
+        exchange: Any = self._core.transport
+        return drive(self._now(args, options), exchange, self._deadline)
 
 
-class AsyncTransaction(Queue):
+class AsyncTransaction(_Transaction):
     """`Transaction` for asyncio: what is said at once is awaited, what is recorded is not."""
-
-    def __init__(self, core: Core, conversation: AsyncConversation | None, deadline: float) -> None:
-        super().__init__(core)
-        self._conversation = conversation
-        self._deadline = deadline
-        self._queues = conversation is None
-
-    def multi(self) -> None:
-        """Record commands from now on, to be said together when the block is left."""
-        if self._queues:
-            raise UsageError("commands are recorded already")
-        self._queues = True
 
     def execute_command(self, *args: Any, **options: Any) -> Any:
         """Say a command, to be awaited, or record it."""
         if self._queues:
             return super().execute_command(*args, **options)
-        return self._ask(self._core.say(args, options))
-
-    async def _ask(self, said: Said) -> Any:
-        assert self._conversation is not None
-        words, parse = said
-        return value_of((await self._conversation.ask([words], self._deadline))[0], parse)
+        exchange: Any = self._core.transport
+        return drive_async(self._now(args, options), exchange, self._deadline)
 
 
-def watch(keys: Sequence[bytes]) -> list[Words]:
-    """Return what is said to watch keys."""
-    return [(b"WATCH", *keys)]
-
-
-def value_of(reply: Any, parse: Callable[[Any], Any]) -> Any:
-    """Return what redis-py makes of a reply; raises `ServerError` for an error."""
-    if isinstance(reply, ReplyError):
-        raise ServerError(str(reply))
-    return parse(reply)
+def watch(core: Core, keys: Sequence[bytes], deadline: float) -> Steps[Any]:
+    """Return a connection that watches keys; None when there are none."""
+    if not keys:
+        return None
+    while True:
+        talk = yield from call(core.transport.converse, keys, deadline)
+        try:
+            (reply,) = yield from call(talk.ask, [(b"WATCH", *keys)], deadline)
+            value_of(reply, bool)
+            return talk
+        except Overtaken:
+            talk.close(keep=False)
+        except BaseException:
+            talk.close(keep=False)
+            raise
