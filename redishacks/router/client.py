@@ -425,8 +425,7 @@ class AsyncRouter(_Base[AsyncTransport], AsyncCoreCommands):  # type: ignore[mis
         """Return a `Router` for the same nodes: a tool that is not for asyncio takes it."""
         routes = self._nodes().twin()
         router = Router.__new__(Router)
-        settings = routes.settings(next(iter(sorted(routes.nodes()))), Settings())
-        router._begin(connect_nodes(settings, routes), self._core.dialect, self._deadline)
+        router._begin(connect_nodes(routes), self._core.dialect, self._deadline)
         return router
 
     async def aclose(self) -> None:

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from redishacks._command import Command, Outcome, Steps, ask, ask_all
 from redishacks._slots import hash_tag, key_slot
-from redishacks._transport import Settings, SyncTransport, connect_nodes
+from redishacks._transport import SyncTransport, connect_nodes
 from redishacks.errors import (
     RedisHacksError,
     ServerError,
@@ -58,8 +58,7 @@ class _Untold(Nodes):
 
 def observer(nodes: Nodes) -> SyncTransport:
     """Return a transport to the same nodes that changes nothing there."""
-    routes = nodes.twin(_Untold)
-    return connect_nodes(routes.settings(nodes.open(nodes.names[0]), Settings()), routes)
+    return connect_nodes(nodes.twin(_Untold))
 
 
 class NodeState(NamedTuple):
