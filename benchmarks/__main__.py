@@ -11,7 +11,7 @@ from pathlib import Path
 from benchmarks.harness import machine, table
 from redishacks.testing import valkey_server
 
-NAMES = ("transport", "counters", "ratelimit", "locks", "timeseries")
+NAMES = ("transport", "counters", "ratelimit", "locks", "timeseries", "router")
 BEGIN, END = "<!-- benchmarks -->", "<!-- /benchmarks -->"
 
 

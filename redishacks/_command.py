@@ -71,6 +71,8 @@ class Command(NamedTuple, Generic[T]):
     #: So many replies, of which `parse` gets a list: words said at once, packed by now, that are a
     #: transaction or repeatable. A refusal among the replies is a refusal of all.
     replies: int = 1
+    #: Of several replies: they have nothing to do with each other, and `parse` gets refusals too.
+    apart: bool = False
 
 
 class Outcome(NamedTuple, Generic[T]):

@@ -7,6 +7,9 @@ from __future__ import annotations
 
 from binascii import crc_hqx
 from collections.abc import Sequence
+from typing import TypeVar
+
+T = TypeVar("T")
 
 SLOTS = 16384
 
@@ -26,6 +29,13 @@ def key_slots(keys: Sequence[bytes]) -> list[int]:
     if b"{" in b"".join(keys):
         return list(map(key_slot, keys))
     return [crc_hqx(key, 0) % SLOTS for key in keys]
+
+
+def at_slots(keys: Sequence[bytes], table: Sequence[T]) -> list[T]:
+    """Return what a table has for the slot of each key."""
+    if b"{" in b"".join(keys):
+        return [table[key_slot(key)] for key in keys]
+    return [table[crc_hqx(key, 0) % SLOTS] for key in keys]
 
 
 def hash_tag(key: bytes) -> bytes:

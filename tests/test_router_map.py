@@ -589,10 +589,10 @@ def test_the_deadline_of_a_batch(colour: Routers, behind: Behind, prefix: str) -
     behind.proxies["a"].stall()
     for many in (1, 50, 1000):
         began = time.monotonic()
-        with slow.map(deadline=0.1, on_error="return") as m:
+        with slow.map(deadline=0.5, on_error="return") as m:
             replies = [m.incr(f"{{{keys['a'][0]}}}{n}") for n in range(many)]
             well = m.incr(keys["b"][0])
-        assert time.monotonic() - began < 0.1 + LENIENCE
+        assert time.monotonic() - began < 0.5 + LENIENCE
         assert all(isinstance(reply.error, RedisHacksError) for reply in replies)
         assert well.error is None
     assert router

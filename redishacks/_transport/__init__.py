@@ -41,7 +41,7 @@ from redishacks._transport._loss import Overtaken, Refused
 from redishacks._transport._observe import AsyncObserved, Hook, Observed
 from redishacks._transport._own import AsyncConversation, Conversation
 from redishacks._transport._registry import Either, registry
-from redishacks._transport._routes import PULL, WAIT, Routes, View
+from redishacks._transport._routes import PULL, WAIT, Routes, Table, View
 from redishacks._transport._settings import Settings
 from redishacks._transport._sync import SyncTransport
 from redishacks._transport._wire import Address, Form, Words, pack, pack_words
@@ -65,6 +65,7 @@ __all__ = [
     "Routes",
     "Settings",
     "SyncTransport",
+    "Table",
     "View",
     "Words",
     "connect",

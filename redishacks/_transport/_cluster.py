@@ -15,6 +15,7 @@ import redis
 
 from redishacks._command import Command, Steps, ask_all
 from redishacks._slots import SLOTS, key_slot
+from redishacks._transport._routes import Table
 from redishacks._transport._settings import Settings, from_options
 from redishacks._transport._wire import Address, Words, parse_address, show
 from redishacks.errors import CrossNodeError, UsageError
@@ -37,8 +38,6 @@ class SlotMap:
     shards = True
     #: A node that does not answer is replaced by the cluster.
     troubled = False
-    #: Its nodes take several keys of one slot only.
-    by_slot = None
     #: What keys that move need is for the nodes to say.
     settled = True
 
@@ -50,6 +49,7 @@ class SlotMap:
         self._others: tuple[Address, ...] = ()
         self._read_at = float("-inf")
         self._suspect: Address | None = None
+        self._table: Table | None = None
         #: The map should be read before it is used; so at first.
         self.stale = True
 
@@ -57,6 +57,16 @@ class SlotMap:
     def view(self) -> SlotMap | None:
         """Itself, once any map has been read."""
         return self if self._primaries else None
+
+    @property
+    def table(self) -> Table | None:
+        """The node of each slot; None when some are served by nobody."""
+        if self._table is None:
+            by_slot = [node for node in self._by_slot if node is not None]
+            if len(by_slot) == SLOTS:
+                places = {node: at for at, node in enumerate(dict.fromkeys(by_slot))}
+                self._table = list(places), [places[node] for node in by_slot]
+        return self._table
 
     def doubt(self, node: Address | None = None) -> None:
         """Have the map read again before its next use; not from this node, if it can be helped."""
@@ -167,7 +177,7 @@ class SlotMap:
 
     def moved(self, slot: int, to: Address) -> None:
         """Note one slot's new node, in the words of `place`."""
-        self._by_slot[slot] = to
+        self._by_slot[slot], self._table = to, None
         if to not in self._primaries:
             self._primaries = (*self._primaries, to)
 
@@ -191,7 +201,7 @@ class SlotMap:
                 if other is not None:
                     others[other] = None
         if primaries:
-            self._by_slot = by_slot
+            self._by_slot, self._table = by_slot, None
             self._primaries, self._others = tuple(primaries), tuple(others)
             self._suspect = None
             self.stale = False

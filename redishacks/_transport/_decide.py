@@ -288,10 +288,14 @@ class Talk(Generic[T]):
                 self._routes.heard(message.node, replies[:at])
         for part in message.parts:
             at += part.asking
-            count = self._commands[part.place].replies
+            command = self._commands[part.place]
+            count = command.replies
             if at + count > len(replies):
                 return
-            reply = replies[at] if count == 1 else _refusal(replies[at : at + count])
+            reply = replies[at]
+            if count > 1 or command.apart:
+                reply = replies[at : at + count]
+                reply = reply if command.apart else _refusal(reply)
             self._answer(part.place, reply, message.node)
             at += count
 

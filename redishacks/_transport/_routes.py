@@ -23,6 +23,10 @@ COURTESY = 0.25
 WAIT, PULL = "wait", "pull"
 
 
+#: Nodes, and for each slot the place of its own among them.
+Table = tuple[Sequence[Address], Sequence[int]]
+
+
 class View(Protocol):
     """Which node has which key, by one version of what is known."""
 
@@ -35,7 +39,7 @@ class View(Protocol):
         """No key is moving."""
 
     @property
-    def by_slot(self) -> Sequence[Address] | None:
+    def table(self) -> Table | None:
         """The node of each slot, for who sends many; None when they cannot be told so."""
 
     def route(self, keys: Sequence[bytes], avoid: Address | None = None) -> Address:

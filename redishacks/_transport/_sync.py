@@ -337,9 +337,12 @@ class SyncTransport:
                 link = node.take(monotonic()) or node.connect(max(0.0, end - monotonic()))
             except (Unreachable, Refused) as error:
                 raise UnavailableError(f"{show(node.address)}: {error}") from None
-            if self._routes is None or self._routes.view is view:
+            if not link.alive():  # however lately it was used: what is said waits for long
+                node.drop(link)
+            elif self._routes is None or self._routes.view is view:
                 return Conversation(node, link, Terms(node.address, self._routes, view))
-            node.give(link)
+            else:
+                node.give(link)
 
     @property
     def routes(self) -> Routes | None:

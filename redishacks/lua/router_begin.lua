@@ -1,16 +1,15 @@
--- Let a node take keys in a move, or go on with one whose version is another one by now.
+-- Let a node give keys in a move, and take some.
 --
--- EVALSHA sha 2 taken before
--- KEYS[1]  taken: set of names that were taken, with '' from here on; see router_take.lua
--- KEYS[2]  before: the same by the version that was before
--- Reply: 1
+-- EVALSHA sha 3 mover given taken  token
+-- KEYS[1]  mover: string, who moves keys; see router_mover.lua
+-- KEYS[2]  given: set, with the member '' from here on; see router_give.lua
+-- KEYS[3]  taken: set, with the member '' from here on; see router_take.lua
+-- Reply: 1; 0 when somebody else is the mover
 
 local call = redis.call
-if call('EXISTS', KEYS[1]) == 0 then
-  if call('EXISTS', KEYS[2]) == 1 then
-    call('RENAME', KEYS[2], KEYS[1])
-  else
-    call('SADD', KEYS[1], '')
-  end
+if call('GET', KEYS[1]) ~= ARGV[1] then
+  return 0
 end
+call('SADD', KEYS[2], '')
+call('SADD', KEYS[3], '')
 return 1

@@ -2,13 +2,19 @@
 --
 -- EVALSHA sha n mover given key aside [key aside ...]  token
 -- KEYS[1]  mover: string, who moves keys; see router_mover.lua
--- KEYS[2]  given: set of names that are aside; no TTL: it is empty when the move ends
+-- KEYS[2]  given: set of all names that are aside, after a '='; no TTL: it is dropped when the move
+--          has ended. With the member '' from the move's begin on
 -- key      of any type; what is there becomes `aside`, with its TTL, until it was taken
 -- token    '' or who asks as the mover
--- Reply: {dump, pttl, ...} of each, false and -2 for none; {} when somebody else is the mover
+-- Reply: {dump, pttl, ...} of each; false and -2 for none; '' and 0 for one that has ended since it
+--        was set aside, which must be taken too: somebody may still have what it was.
+--        {} when this node has lost what it knew of the move, or somebody else is the mover
 
 local call = redis.call
 if ARGV[1] ~= '' and call('GET', KEYS[1]) ~= ARGV[1] then
+  return {}
+end
+if call('SISMEMBER', KEYS[2], '') == 0 then
   return {}
 end
 local found = {}
@@ -16,13 +22,13 @@ for i = 3, #KEYS, 2 do
   local key, aside = KEYS[i], KEYS[i + 1]
   if call('EXISTS', aside) == 0 and call('EXISTS', key) == 1 then
     call('RENAME', key, aside)
-    call('SADD', KEYS[2], key)
+    call('SADD', KEYS[2], '=' .. key)
   end
-  local dump = call('DUMP', aside)
-  if not dump then
-    call('SREM', KEYS[2], key)
+  local dump, pttl = call('DUMP', aside), call('PTTL', aside)
+  if not dump and call('SISMEMBER', KEYS[2], '=' .. key) == 1 then
+    dump, pttl = '', 0
   end
   found[i - 2] = dump
-  found[i - 1] = call('PTTL', aside)
+  found[i - 1] = pttl
 end
 return found

@@ -2,9 +2,10 @@
 --
 -- EVALSHA sha n mover taken key [key ...]  token dump pttl [dump pttl ...]
 -- KEYS[1]  mover: string, who moves keys; see router_mover.lua
--- KEYS[2]  taken: set of all names that were taken; no TTL: it is dropped when nobody can take
---          any more. With the member '' from the move's begin on
+-- KEYS[2]  taken: set of all names that were taken, after a '='; no TTL: it is dropped when nobody
+--          can take any more. With the member '' from the move's begin on
 -- token    '' or who asks as the mover
+-- dump     '' for a key that has ended meanwhile
 -- Reply: 1 done; 0 this node has lost what it knew of the move, or somebody else is the mover
 
 local call = redis.call
@@ -16,9 +17,13 @@ if call('SISMEMBER', KEYS[2], '') == 0 then
 end
 for i = 3, #KEYS do
   local key = KEYS[i]
-  if call('SADD', KEYS[2], key) == 1 then
-    local pttl = tonumber(ARGV[2 * i - 3])
-    call('RESTORE', key, pttl < 0 and 0 or math.max(pttl, 1), ARGV[2 * i - 4], 'REPLACE')
+  if call('SISMEMBER', KEYS[2], '=' .. key) == 0 then
+    local dump, pttl = ARGV[2 * i - 4], tonumber(ARGV[2 * i - 3])
+    if dump ~= '' then
+      -- First: when it fails, the key was not taken.
+      call('RESTORE', key, pttl < 0 and 0 or math.max(pttl, 1), dump, 'REPLACE')
+    end
+    call('SADD', KEYS[2], '=' .. key)
   end
 end
 return 1

@@ -13,8 +13,8 @@ import itertools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from redishacks._command import Command, Outcome
-from redishacks._transport import pack_words
+from redishacks._command import Command, Outcome, as_is
+from redishacks._transport import Address, pack_words
 from redishacks.errors import ServerError
 
 #: Commands of a batch that may be said together, and those that may not.
@@ -99,12 +99,20 @@ def command(run: Run) -> Command[Any]:
     )
 
 
-def gets(keys: Sequence[bytes]) -> Command[list[bytes | None] | None]:
+def gets(keys: Sequence[bytes], node: Address | None = None) -> Command[list[bytes | None] | None]:
     """Return several GETs as one command; its value is None when they must be said singly."""
     mget = pack_words((b"MGET", *keys))
     head, _, tail = mget.partition(b"$4\r\nMGET\r\n")
     data = b"".join((mget, head, b"$6\r\nEXISTS\r\n", tail))
-    return Command(("MGET",), tuple(keys), _values, None, True, False, data, None, 2)
+    return Command(("MGET",), tuple(keys), _values, None, True, False, data, node, 2)
+
+
+def each_get(keys: Sequence[bytes]) -> Command[list[Any]]:
+    """Return GETs that are said at once, to the node of the first; errors are among the values."""
+    data = b"".join([b"*2\r\n$3\r\nGET\r\n$%d\r\n%b\r\n" % (len(key), key) for key in keys])
+    return Command(
+        ("GET",), (keys[0],), as_is, None, True, packed=data, replies=len(keys), apart=True
+    )
 
 
 def _values(replies: Sequence[Any]) -> list[bytes | None] | None:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from hiredis import ReplyError
+
 from redishacks._command import Ask, Command, Outcome, Steps, ask, ask_all, call
 from redishacks._keys import id_shown
-from redishacks._slots import key_slot, key_slots
-from redishacks._transport import Address, AsyncTransport, Overtaken, SyncTransport, View
+from redishacks._slots import at_slots, key_slot, key_slots
+from redishacks._transport import AsyncTransport, Overtaken, SyncTransport, View
 from redishacks.errors import (
     MaybeAppliedError,
     PartlyAppliedError,
@@ -21,7 +24,7 @@ from redishacks.router import _coalesce
 from redishacks.router._coalesce import GET, MGET, OTHER, SET, SUMS, Call, Run
 from redishacks.router._dialect import Dialect
 from redishacks.router._keyspecs import KeySpecs
-from redishacks.router.replies import Results
+from redishacks.router.replies import PENDING, Results
 
 #: Calls that are split over nodes: kind, and whether they write.
 _SPLIT = {b"MGET": MGET, b"MSET": SET, **{kind.encode(): kind for kind in SUMS}}
@@ -161,7 +164,8 @@ class Core:
             reads = kind == "EXISTS"
             calls = [Call(kind, Command((kind, key), (key,), int, None, reads)) for key in keys]
         results = Results()
-        yield from self.settle(dict(enumerate(calls)), results, len(calls))
+        results.begin(len(calls))
+        yield from self.settle(dict(enumerate(calls)), results)
         failed = {id_shown(keys[place]): error for place, error in results.errors.items()}
         if failed:
             doubts = [e for e in results.errors.values() if isinstance(e, MaybeAppliedError)]
@@ -179,65 +183,57 @@ class Core:
 
     # Batches
 
-    def settle_gets(self, keys: Sequence[Any], results: Results) -> Steps[bool]:
-        """Settle a batch of nothing but GETs, as keys: mostly that is done in one exchange.
+    def settle_gets(self, keys: Sequence[bytes], results: Results) -> Steps[Sequence[int]]:
+        """Settle a batch of nothing but GETs, given as keys, in one exchange with each node.
 
-        When it does not know how, it returns False, and nothing has become of the batch.
+        Returns the places of those that must be said in another way: all, when it cannot be so.
         """
-        if set(map(type, keys)) != {bytes}:
-            return False
-        if self.routes.view is None:
-            return False
+        every = range(len(keys))
         view = self.routes.view
-        by_slot = view.by_slot if view.settled and not self.routes.stale else None
-        if by_slot is None:
-            return False
-        owners = [by_slot[slot] for slot in key_slots(keys)]
-        groups: dict[Address, list[bytes]] = {owner: [] for owner in set(owners)}
-        for key, owner in zip(keys, owners, strict=True):
-            groups[owner].append(key)
-        outcomes: list[Outcome[Any]] = yield Ask(
-            [_coalesce.gets(some)._replace(node=node) for node, some in groups.items()], view
-        )
-        found: dict[Address, Iterator[Any]] = {}
-        errors: dict[Address, Exception] = {}
-        for node, outcome in zip(groups, outcomes, strict=True):
-            if outcome.value is not None:
-                found[node] = iter(outcome.value)
-            elif outcome.error is not None and not isinstance(outcome.error, Overtaken):
-                errors[node] = outcome.error
-        if len(found) < len(groups):
-            results.begin(len(keys))
-            again: dict[int, Call] = {}
-            for place, (key, owner) in enumerate(zip(keys, owners, strict=True)):
-                one = yield from self.call(self.say(("GET", key), {}))
-                if owner in found:
-                    results.values[place] = one.command.parse(next(found[owner]))
-                elif owner in errors:
-                    results.errors[place] = errors[owner]
-                else:
-                    again[place] = one
-            results.locate(lambda place: self.routes.where((keys[place],)))
-            yield from self._rest(again, results)
-            return True
-        values = [next(found[owner]) for owner in owners]
+        if view is None or view.table is None or not view.settled or self.routes.stale:
+            return every
+        nodes, by_slot = view.table
+        # Nodes of a cluster take several keys of one slot, and no others.
+        merges = view.version > 0
+        if not merges and 2 * len(set(key_slots(keys))) <= len(keys):
+            return every
+        owners = at_slots(keys, by_slot)
+        groups: list[list[bytes]] = [[] for _ in nodes]
+        for key, at in zip(keys, owners, strict=True):
+            groups[at].append(key)
+        asked = {at: some for at, some in enumerate(groups) if some}
+        if merges:
+            outcomes: list[Outcome[Any]] = yield Ask(
+                [_coalesce.gets(some, nodes[at]) for at, some in asked.items()], view
+            )
+        else:
+            outcomes = yield Ask([_coalesce.each_get(some) for some in asked.values()])
+        found: list[Iterator[Any]] = [iter(())] * len(nodes)
+        failed: dict[int, Exception | None] = {}
+        for at, outcome in zip(asked, outcomes, strict=True):
+            if outcome.error is None and outcome.value is not None:
+                found[at] = iter(outcome.value)
+            else:
+                found[at] = itertools.repeat(None)
+                failed[at] = None if isinstance(outcome.error, Overtaken) else outcome.error
+        values = [next(found[at]) for at in owners]
+        left = []
+        if failed or (not merges and ReplyError in set(map(type, values))):
+            for place, at in enumerate(owners):
+                error = failed.get(at)
+                if error is not None:
+                    results.errors[place] = error
+                elif at in failed or type(values[place]) is ReplyError:
+                    values[place] = PENDING
+                    left.append(place)
         if self.dialect.decodes:
             values = [self.dialect.decode(value) for value in values]
         results.values = values
-        results.locate(lambda place: self.routes.where((keys[place],)))
-        results.settled = True
-        return True
+        results.settled = not left
+        return left
 
-    def settle(self, calls: Mapping[int, Call], results: Results, count: int) -> Steps[None]:
-        """Say a batch, each call by its place; when this returns, each has ended."""
-        results.begin(count)
-        results.locate(
-            lambda place: self.routes.where(calls[place].command.keys) if place in calls else ""
-        )
-        yield from self._rest(calls, results)
-
-    def _rest(self, calls: Mapping[int, Call], results: Results) -> Steps[None]:
-        """Say what is left of a batch, of which all else has ended."""
+    def settle(self, calls: Mapping[int, Call], results: Results) -> Steps[None]:
+        """Say calls of a batch, each by its place; when this returns, each has ended."""
         left = calls
         try:
             yield from self.learn()

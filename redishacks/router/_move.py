@@ -19,10 +19,10 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 from redishacks._clock import clock
-from redishacks._command import Command, Outcome, Sleep, Steps, ask_all
-from redishacks._transport import Address
+from redishacks._command import Ask, Command, Outcome, Sleep, Steps, ask_all
+from redishacks._transport import Address, Overtaken
 from redishacks.errors import UnavailableError, UsageError
-from redishacks.router._nodes import Nodes, address
+from redishacks.router._nodes import LOST, Known, Nodes, address
 from redishacks.router.commands import Gift
 from redishacks.router.placement import Placement, SlotTable
 from redishacks.router.topology import CLOSING, SETTLED, TRANSIT, Topology
@@ -33,6 +33,8 @@ T = TypeVar("T")
 _TTL, _RENEW = 10.0, 2.0
 #: Seconds between two looks at the connections that are still to go.
 _LOOK = 0.02
+#: Seconds for whose wait was ended to go by the new version.
+_WAKING = 0.3
 #: Keys of one script.
 _BATCH = 500
 _SCAN = 1_000
@@ -69,6 +71,8 @@ class Move:
         self._on_progress = on_progress
         #: Who is spoken to.
         self._names = nodes.names
+        #: By what this mover goes: others may have come further while it was stopped.
+        self._known: Known | None = None
         self._said_at = 0.0
         self._seen = self._moved = 0
 
@@ -85,9 +89,9 @@ class Move:
         for name in target.nodes if target is not None else ():
             if name not in self._names:
                 raise UsageError(f"node {name} was not given to this router")
-        yield from self._claim(force=self._force)
         try:
-            yield from self._nodes.refresh()
+            yield from self._claim()
+            yield from self._learn()
             topology = self._topology()
             if topology.state == SETTLED:
                 if version not in (None, topology.version):
@@ -98,14 +102,15 @@ class Move:
                 if before is not None and before.describe() != topology.placement.describe():
                     raise UsageError("the plan is for other nodes than these: make another plan")
                 if target is None:
-                    raise UsageError("nothing is moving: there is nothing to go on with")
+                    yield from self._tidy_up()
+                    return Progress(SETTLED, 0, 0)
                 yield from self._publish(CLOSING, topology.placement, target)
             elif target is not None and target.describe() != (topology.target or target).describe():
                 raise UsageError("another move is under way: end that one first")
             yield from self._carry_on()
         finally:
             # As far as it goes: whoever comes next need not wait for the end of the TTL then.
-            yield from self._on_all(self._layout.claim, self._token, 0.0, force=False)
+            yield from self._on_all(self._layout.claim, self._token, 0.0)
         return Progress(SETTLED, self._seen, self._moved)
 
     def eject(self, name: str) -> Steps[Topology]:
@@ -113,7 +118,7 @@ class Move:
 
         All others must be there. Clients learn of it as of any change.
         """
-        yield from self._nodes.refresh()
+        yield from self._learn()
         old = self._topology().placement
         if self._topology().state != SETTLED:
             raise UsageError("keys are moving: that must come to its end before a node is ejected")
@@ -127,12 +132,12 @@ class Move:
             raise UsageError(f"{name} is the only node")
         self._names = [other for other in self._nodes.names if other != name]
         new = old.changed({other: old.weights[other] for other in old.nodes if other != name})
-        yield from self._claim(force=self._force)
         try:
+            yield from self._claim()
             yield from self._publish(SETTLED, new, None)
             yield from self._fence()
         finally:
-            yield from self._on_all(self._layout.claim, self._token, 0.0, force=False)
+            yield from self._on_all(self._layout.claim, self._token, 0.0)
         return self._topology()
 
     def _carry_on(self) -> Steps[None]:
@@ -142,27 +147,41 @@ class Move:
         if topology.state == CLOSING:
             self._tell(CLOSING)
             yield from self._fence()
+            # Of a mover that was killed at the end of the move before.
+            yield from self._each(self._layout.end, topology.since, among=self._names)
             yield from self._publish(TRANSIT, old, new)
-            yield from self._each(self._layout.begin, self._topology().version, among=new.nodes)
+            yield from self._begin(topology.nodes)
         else:
             yield from self._resume(old, new)
         self._tell(TRANSIT)
         yield from self._sweep(old, new)
-        transit = self._topology().version
-        yield from self._publish(SETTLED, new, None, tell=dict.fromkeys((*old.nodes, *new.nodes)))
+        yield from self._publish(SETTLED, new, None, tell=topology.nodes)
         yield from self._fence()
-        yield from self._each(self._layout.end, transit, among=new.nodes)
+        yield from self._each(self._layout.end, self._topology().since, among=topology.nodes)
 
     def _resume(self, old: Placement, new: Placement) -> Steps[None]:
-        """Go on in transit: a node that was restarted empty has lost what it had taken."""
-        version = self._topology().version
-        begun = yield from self._each(self._layout.begun, version, among=new.nodes)
-        if all(begun):
+        """Go on in transit: a node that was restarted empty has lost what it had given or taken."""
+        topology = self._topology()
+        if all((yield from self._each(self._layout.begun, topology.since, among=topology.nodes))):
             return
         # Who was stopped in the middle of a pull must not be able to end it after that.
         yield from self._publish(TRANSIT, old, new)
         yield from self._fence()
-        yield from self._each(self._layout.begin, self._topology().version, among=new.nodes)
+        yield from self._begin(topology.nodes)
+
+    def _begin(self, names: Sequence[str]) -> Steps[None]:
+        """Let nodes give and take keys."""
+        since = self._topology().since
+        if not all((yield from self._each(self._layout.begin, since, self._token, among=names))):
+            raise self._overtaken()
+
+    def _tidy_up(self) -> Steps[None]:
+        """Drop what a mover left that was killed when all had been moved."""
+        since = self._topology().since
+        if not any((yield from self._each(self._layout.begun, since, among=self._names))):
+            raise UsageError("nothing is moving: there is nothing to go on with")
+        yield from self._fence()
+        yield from self._each(self._layout.end, since, among=self._names)
 
     # The sweep
 
@@ -171,7 +190,10 @@ class Move:
         for name in old.nodes:
             for _ in range(_SCANS):
                 yield from self._scan(name, old, new)
-                (aside,) = yield from self._each(self._layout.given, among=[name])
+                since = self._topology().since
+                (aside,) = yield from self._each(self._layout.given, since, among=[name])
+                if aside is None:
+                    raise UnavailableError(LOST)
                 if not aside:
                     break
                 # Somebody was in the middle of it, or was killed there.
@@ -207,33 +229,33 @@ class Move:
 
     def _carry(self, name: str, keys: Sequence[bytes], new: Placement) -> Steps[None]:
         """Move some keys of a node: give, take, forget."""
-        layout, version = self._layout, self._topology().version
-        (gifts,) = yield from self._say([layout.give(address(name), keys, self._token)])
+        layout, since = self._layout, self._topology().since
+        (gifts,) = yield from self._say([layout.give(address(name), keys, since, self._token)])
         if gifts is None:
-            raise self._overtaken()
+            yield from self._renew(now=True)  # raises, if that is why
+            raise UnavailableError(LOST)
         groups: dict[Address, list[Gift]] = {}
         for gift in gifts:
             groups.setdefault(address(new.node_for(gift.key)), []).append(gift)
         taken = yield from self._say(
-            [layout.take(node, some, version, self._token) for node, some in groups.items()]
+            [layout.take(node, some, since, self._token) for node, some in groups.items()]
         )
         if not all(taken):
             yield from self._renew(now=True)  # raises, if that is why
-            raise UnavailableError(
-                "a node has lost what it knew of the move, perhaps it was restarted empty: go on "
-                "with the move once more"
-            )
+            raise UnavailableError(LOST)
         if gifts:
-            yield from self._say([layout.forget(address(name), [gift.key for gift in gifts])])
+            done = [gift.key for gift in gifts]
+            yield from self._say([layout.forget(address(name), done, since)])
         self._moved += len(gifts)
 
     # What all movers need
 
-    def _claim(self, *, force: bool) -> Steps[None]:
-        """Become the mover; the first node, by name, decides."""
+    def _claim(self) -> Steps[None]:
+        """Become the mover: of all nodes, in the order of names, or of none."""
+        how = "force" if self._force else ""
         for name in sorted(self._names):
             found = yield from ask_all(
-                [self._layout.claim(self._nodes.open(name), self._token, _TTL, force=force)]
+                [self._layout.claim(self._nodes.open(name), self._token, _TTL, how)]
             )
             other = found[0].result()
             if other is not None:
@@ -241,12 +263,13 @@ class Move:
                     f"somebody else is moving keys ({other[0]} on node {name}); if that one is "
                     f"gone, it is over in {other[1]:.0f} s"
                 )
-            force = True
         self._said_at = clock()
 
     def _renew(self, *, now: bool = False) -> Steps[None]:
         if now or clock() - self._said_at > _RENEW:
-            others = yield from self._on_all(self._layout.claim, self._token, _TTL, force=False)
+            # Not if it is nobody's: who was stopped for longer than that does not know who was the
+            # mover meanwhile.
+            others = yield from self._on_all(self._layout.claim, self._token, _TTL, "renew")
             if any(outcome.value is not None for outcome in others):
                 raise self._overtaken()
             self._said_at = clock()
@@ -260,7 +283,9 @@ class Move:
     ) -> Steps[None]:
         """Store the next version on all nodes."""
         before = self._topology()
-        topology = Topology(before.version + 1, {}, placement, state, target)
+        version = before.version + 1
+        since = version if before.state == CLOSING else before.since
+        topology = Topology(version, {}, placement, state, target, since)
         where = {name: self._nodes.shown(name) for name in topology.nodes}
         topology = topology._replace(addresses=where)
         for name in sorted(set(tell) | set(topology.nodes)):
@@ -270,37 +295,52 @@ class Move:
             stored = outcome.result()
             if stored is None or stored[0] != topology.stamp(name):
                 raise self._overtaken()
-        self._nodes.adopt(topology)
+        self._known = self._nodes.adopt(topology)
 
     def _fence(self) -> Steps[None]:
         """Return when no connection to any node goes by an older version."""
         version = self._topology().version
         names = self._names
         end = clock() + self._drain
+        #: Those whose wait was ended, and when: they have a moment to learn why.
+        woken: dict[tuple[str, int], float] = {}
         while True:
             lists = yield from self._each(self._layout.clients, among=names)
             old = [
                 (name, client)
                 for name, clients in zip(names, lists, strict=True)
                 for client in clients
-                if client.version < version
+                if client.version < version and client.db == self._nodes.db(name)
             ]
             if not old:
                 return
-            if clock() >= end:
-                yield from ask_all(
-                    [self._layout.kill(self._nodes.open(name), client) for name, client in old]
-                )
+            now = clock()
+            if now >= end:
+                commands = []
+                for name, client in old:
+                    if client.blocked and (name, client.id) not in woken:
+                        woken[name, client.id] = now
+                        commands.append(self._layout.wake(self._nodes.open(name), client))
+                    elif now - woken.get((name, client.id), 0.0) > _WAKING:
+                        commands.append(self._layout.kill(self._nodes.open(name), client))
+                yield from ask_all(commands)
             yield from self._renew()
             yield Sleep(_LOOK)
 
+    def _learn(self) -> Steps[None]:
+        """Learn what is stored."""
+        yield from self._nodes.refresh()
+        self._known = self._nodes.view
+
     def _topology(self) -> Topology:
-        view = self._nodes.view
-        assert view is not None
-        return view.topology
+        assert self._known is not None
+        return self._known.topology
 
     def _overtaken(self) -> UsageError:
-        return UsageError("somebody else moves keys by now: this one has stopped")
+        return UsageError(
+            "this mover was stopped for too long, or somebody else moves keys by now: it has "
+            "stopped. If keys are still moving, go on with the move once more"
+        )
 
     def _tell(self, state: str) -> None:
         if self._on_progress is not None:
@@ -317,5 +357,8 @@ class Move:
         return (yield from ask_all(commands))
 
     def _say(self, commands: Sequence[Command[T]]) -> Steps[list[T]]:
-        outcomes = (yield from ask_all(commands)) if commands else []
+        """Say something to some nodes, as long as what this mover goes by is the newest."""
+        outcomes: list[Outcome[T]] = (yield Ask(commands, self._known)) if commands else []
+        if any(isinstance(outcome.error, Overtaken) for outcome in outcomes):
+            raise self._overtaken()
         return [outcome.result() for outcome in outcomes]

@@ -8,6 +8,7 @@ it in `CLIENT LIST`; then the node's stamp is read. In this order, or one could 
 from __future__ import annotations
 
 import dataclasses
+import logging
 import random
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,7 +19,7 @@ from hiredis import ReplyError
 from redishacks._clock import clock
 from redishacks._command import Command, Steps, ask, ask_all
 from redishacks._slots import key_slot
-from redishacks._transport import PULL, WAIT, Address, Refused, Settings, View, Words
+from redishacks._transport import PULL, WAIT, Address, Refused, Settings, Table, View, Words
 from redishacks.errors import (
     CrossNodeError,
     ServerError,
@@ -32,6 +33,8 @@ from redishacks.router.topology import CLOSING, SETTLED, Stamp, Topology, Wanted
 
 T = TypeVar("T")
 
+_log = logging.getLogger("redishacks")
+
 #: What stands in the place of a port: connections that are fenced, and those that are not, over
 #: which nothing is said but what nodes are told of themselves.
 _FENCED, _OPEN = -2, -3
@@ -41,6 +44,10 @@ _PATIENCE = 0.1
 #: with each failure up to the second; nor is one that cannot be reached.
 _SILENCES = 3
 _PAUSES = 0.25, 4.0
+
+
+#: What hinders a move when a node was restarted empty.
+LOST = "a node has lost what it knew of the move: go on with the move once more"
 
 
 def address(name: str) -> Address:
@@ -61,10 +68,9 @@ class Known:
         if topology.target is not None and topology.state != CLOSING:
             self.serving = topology.target
         #: The node of each slot; None when it is not slots that decide.
-        self.by_slot: list[Address] | None = None
+        self.table: Table | None = None
         if isinstance(self.serving, SlotTable):
-            every = {name: address(name) for name in self.serving.nodes}
-            self.by_slot = [every[name] for name in self.serving.by_slot]
+            self.table = list(map(address, self.serving.nodes)), list(self.serving.owners)
 
     def route(self, keys: Sequence[bytes], avoid: Address | None = None) -> Address:
         """Return the node for a command; without keys any but the one to avoid.
@@ -74,7 +80,7 @@ class Known:
         if not keys:
             every = [address(name) for name in self.topology.nodes]
             return random.choice([node for node in every if node != avoid] or every)
-        if self.by_slot is None:
+        if self.table is None:
             return self._together(keys)
         slot = key_slot(keys[0])
         for key in keys[1:]:
@@ -82,7 +88,8 @@ class Known:
                 raise CrossNodeError(
                     f"keys of one command must share a slot: {keys[0]!r} and {key!r} do not"
                 )
-        return self.by_slot[slot]
+        nodes, owners = self.table
+        return nodes[owners[slot]]
 
     def _together(self, keys: Sequence[bytes]) -> Address:
         name = self.serving.node_for(keys[0])
@@ -105,21 +112,23 @@ class Known:
 
         Two round trips and a half for keys that are there, one for those that are not any more.
         """
-        layout, version = self._layout, self.version
+        layout, since = self._layout, self.topology.since
         placement = self.topology.placement
         moving = (key for key in keys if placement.node_for(key) != self.serving.node_for(key))
         old = _grouped(moving, placement)
-        given = yield from _all([layout.give(node, some) for node, some in old.items()])
+        given = yield from _all([layout.give(node, some, since) for node, some in old.items()])
+        if None in given:
+            raise UnavailableError(LOST)
         gifts = {gift.key: gift for some in given for gift in some or ()}
         new = _grouped(gifts, self.serving)
         takes = [
-            layout.take(node, [gifts[key] for key in some], version) for node, some in new.items()
+            layout.take(node, [gifts[key] for key in some], since) for node, some in new.items()
         ]
         if not all((yield from _all(takes))):
-            raise UnavailableError("a node has lost what it knew of the move: it must begin again")
+            raise UnavailableError(LOST)
         yield from _all(
             [
-                layout.forget(node, some)
+                layout.forget(node, some, since)
                 for node, some in _grouped(gifts, self.topology.placement).items()
             ]
         )
@@ -345,14 +354,19 @@ class Nodes:
             self.view = Known(newest, self.layout)
         self.stale = False
 
-    def adopt(self, topology: Topology) -> None:
+    def adopt(self, topology: Topology) -> Known:
         """Go by a topology that was told to the nodes just now."""
-        self.view = Known(topology, self.layout)
+        self.view = known = Known(topology, self.layout)
         self.stale = False
+        return known
 
     def open(self, name: str) -> Address:
         """Return a node's address over connections that are not fenced."""
         return name, _OPEN
+
+    def db(self, name: str) -> int:
+        """Return the number of a node's database: others are other routers'."""
+        return self._settings[name, _OPEN].db
 
     @property
     def names(self) -> list[str]:
@@ -404,6 +418,15 @@ class Nodes:
         if behind and any(name in missing for name in newest.nodes):
             return newest  # they serve nothing until then
         for name in behind:
+            if not fresh:
+                had = _version(found[name])
+                _log.warning(
+                    "node %s had %s, and is told of version %d of the topology: its keys are those "
+                    "that it has come back with",
+                    name,
+                    f"version {had}" if had else "no stamp",
+                    newest.version,
+                )
             stored = yield from ask(self.layout.tell((name, _OPEN), newest))
             assert stored is not None
             if fresh:

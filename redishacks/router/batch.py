@@ -12,25 +12,21 @@ GET to one node go out as one MGET, runs of plain SET as one MSET.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
-
-from redis.commands import CoreCommands
+from typing import Any, cast
 
 from redishacks._command import Command, Steps
 from redishacks.errors import RedisHacksError, UsageError
 from redishacks.router._coalesce import OTHER, Call
+from redishacks.router._commands import Recorded
 from redishacks.router._core import Core, Said
 from redishacks.router.replies import BatchError, Reply, Results
 from redishacks.router.transaction import Queue
 
 
-class Batch(CoreCommands):
+class Batch(Recorded):
     """Records the commands of redis-py, each of which returns a `Reply`."""
-
-    #: redis-py's commands expect one; nobody listens.
-    _event_dispatcher: Any = None
 
     def __init__(self, core: Core) -> None:
         self._core = core
@@ -43,7 +39,7 @@ class Batch(CoreCommands):
         if self._results.settled:
             raise UsageError("this batch was sent already: begin another one")
         said = self._said
-        reply = Reply(self._results, len(said))
+        reply = Reply.of(self._results, len(said))
         # A command that was made already: a script.
         said.append(args[0] if type(args[0]) is Command else self._core.say(args, options))
         return reply
@@ -58,27 +54,35 @@ class Batch(CoreCommands):
         if len(queue):
             self._said.append(queue)
 
-    def get(self, name: Any) -> Reply:  # type: ignore[override]
+    def get(self, name: Any) -> Reply:
         """Record a GET; raises `UsageError` for what cannot be encoded."""
         kind = type(name)
         if kind is not bytes:
-            try:
-                name = name.encode() if kind is str else self._core.dialect.encode(name)
-            except UnicodeEncodeError:
-                name = self._core.dialect.encode(name)  # which says so
-        if self._results.settled:
+            # Spelled out, since most batches are thousands of these.
+            plain = kind is str and name.isascii()
+            name = name.encode() if plain else self._core.dialect.encode(name)
+        results = self._results
+        if results.settled:
             return self.execute_command("GET", name)
         said = self._said
-        reply = Reply(self._results, len(said))
+        reply = Reply()
+        reply._results = results
+        reply._place = len(said)
         said.append(name)
         return reply
 
     def send(self, *, raises: bool) -> Steps[None]:
         """Say all and settle every reply; if it `raises`, it is a `BatchError` when some failed."""
         core, results, said = self._core, self._results, self._said
-        if not (yield from core.settle_gets(said, results)):
-            calls: dict[int, Call] = {}
-            for place, one in enumerate(said):
+        calls: dict[int, Call] = {}
+        results.begin(len(said))
+        results.locate(lambda place: self._node(place, calls))
+        try:
+            left: Sequence[int] = range(len(said))
+            if set(map(type, said)) == {bytes}:
+                left = yield from core.settle_gets(cast(list[bytes], said), results)
+            for place in left:
+                one = said[place]
                 try:
                     if isinstance(one, Command):
                         calls[place] = Call(OTHER, one)
@@ -89,12 +93,20 @@ class Batch(CoreCommands):
                         calls[place] = yield from core.call(said_so)
                 except RedisHacksError as error:
                     results.errors[place] = error
-            yield from core.settle(calls, results, len(said))
+            yield from core.settle(calls, results)
             for place, one in enumerate(said):
                 if isinstance(one, Queue) and place in results.errors:
                     one.fail(results.errors[place])
+        finally:
+            results.end()
         if raises and results.errors:
-            raise BatchError([Reply(results, place) for place in range(len(said))])
+            raise BatchError([Reply.of(results, place) for place in range(len(said))])
+
+    def _node(self, place: int, calls: Mapping[int, Call]) -> str:
+        one = self._said[place]
+        if isinstance(one, bytes):
+            return self._core.routes.where((one,))
+        return self._core.routes.where(calls[place].command.keys) if place in calls else ""
 
     def forget(self) -> None:
         """Send nothing."""

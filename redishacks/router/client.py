@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from time import monotonic
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, Generic, Literal, NamedTuple, TypeVar
 
 from redis.commands import AsyncCoreCommands, CoreCommands
 
@@ -167,6 +167,9 @@ class Router(_Base[SyncTransport], CoreCommands):  # type: ignore[misc]
     raises `TopologyMismatchError` when this contradicts what is stored.
     """
 
+    #: By this redis-py's types tell what its commands return.
+    _is_async_client: Literal[False] = False
+
     def __init__(
         self,
         nodes: Mapping[str, Node] | Iterable[tuple[str, Node]],
@@ -293,6 +296,12 @@ class Router(_Base[SyncTransport], CoreCommands):  # type: ignore[misc]
         """Close idle connections; the next call opens new ones."""
         self._transport.close()
 
+    def __enter__(self) -> Router:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
     def _drive(self, steps: Steps[T], deadline: float) -> T:
         return drive(steps, _Until(self._transport, deadline))
 
@@ -303,6 +312,9 @@ class Router(_Base[SyncTransport], CoreCommands):  # type: ignore[misc]
 
 class AsyncRouter(_Base[AsyncTransport], AsyncCoreCommands):  # type: ignore[misc]
     """`Router` for asyncio; before `node_for` and `explain` comes `await router.connect()`."""
+
+    #: By this redis-py's types tell what its commands return.
+    _is_async_client: Literal[True] = True
 
     def __init__(
         self,
@@ -431,6 +443,12 @@ class AsyncRouter(_Base[AsyncTransport], AsyncCoreCommands):  # type: ignore[mis
     async def aclose(self) -> None:
         """Close this loop's connections; the next call opens new ones."""
         await self._transport.aclose()
+
+    async def __aenter__(self) -> AsyncRouter:
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        await self.aclose()
 
     async def _drive(self, steps: Steps[T], deadline: float) -> T:
         return await drive_async(steps, _AsyncUntil(self._transport, deadline))

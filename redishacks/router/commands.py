@@ -5,10 +5,9 @@ On every node:
     rh:r1:{router}:node              hash    version, stamp, topology; no TTL: it says who has which
                                              keys
     rh:r1:{router}:mover             string  token of who moves keys; TTL 10 s, renewed
-    rh:r1:{router}:taken:<version>   set     names of keys that were taken in a move; no TTL: when
-                                             the move has ended it is dropped
-    rh:r1:{router}:given             set     names of keys that are aside; no TTL: when the move has
-                                             ended it is empty
+    rh:r1:{router}:taken:<version>   set     names of keys that were taken in the move that began
+                                             with a version; no TTL: dropped when it has ended
+    rh:r1:{router}:given:<version>   set     names of keys that are aside; no TTL: the same
     rh:r1:{router}:aside:<key>       any     a key that is being moved away; TTL of the key
 """
 
@@ -46,7 +45,6 @@ class Layout:
         self._prefix = _keys.check_name(prefix, "prefix")
         self._node = self._key("node")
         self._mover = self._key("mover")
-        self._given = self._key("given")
         #: How the names begin of keys that are set aside.
         self.aside_prefix = self._key("aside") + b":"
 
@@ -67,8 +65,11 @@ class Layout:
         """A key to try with whether one node reads what another one writes out."""
         return self._key("trial")
 
-    def _taken(self, version: int) -> bytes:
-        return self._key("taken", str(version))
+    def _given(self, since: int) -> bytes:
+        return self._key("given", str(since))
+
+    def _taken(self, since: int) -> bytes:
+        return self._key("taken", str(since))
 
     def _aside(self, key: bytes) -> bytes:
         return self.aside_prefix + key
@@ -99,13 +100,14 @@ class Layout:
     # Moving
 
     def claim(
-        self, address: Address, token: str, ttl: float, *, force: bool
+        self, address: Address, token: str, ttl: float, how: str = ""
     ) -> Command[tuple[str, float] | None]:
         """Become the mover on a node, for `ttl` seconds or until it is said again; 0 to give it up.
 
-        None, or who it is, and for how many seconds if that one does nothing.
+        `how`: "force" to take it from another one, "renew" only if it is one's own by now. None, or
+        who it is, and for how many seconds if that one does nothing; "" for nobody.
         """
-        args = token, str(round(ttl * 1000)), "1" if force else ""
+        args = token, str(round(ttl * 1000)), how
         keys = (self._mover,)
         return _whole(Command(args, keys, _claimed, script("router_mover"), True, node=address))
 
@@ -119,33 +121,36 @@ class Layout:
         key = self._aside(key) if aside else key
         return Command(("EXISTS", key), (key,), bool, repeatable=True, node=address)
 
-    def begin(self, address: Address, version: int) -> Command[int]:
-        """Let a node take keys in a move, or go on in one that had the version before."""
-        keys = self._taken(version), self._taken(version - 1)
-        return _whole(Command((), keys, int, script("router_begin"), True, node=address))
+    def begin(self, address: Address, since: int, token: str) -> Command[bool]:
+        """Let a node give and take keys in a move; False when somebody else is the mover."""
+        keys = self._mover, self._given(since), self._taken(since)
+        command = Command((token,), keys, bool, script("router_begin"), True, node=address)
+        return _whole(command)
 
-    def begun(self, address: Address, version: int) -> Command[bool]:
-        """Return whether a node still knows what was taken."""
-        key = self._taken(version)
-        return Command(("EXISTS", key), (key,), bool, repeatable=True, node=address)
+    def begun(self, address: Address, since: int) -> Command[bool]:
+        """Return whether a node still knows what was given and taken."""
+        keys = self._given(since), self._taken(since)
+        return Command(("EXISTS", *keys), keys, _both, repeatable=True, node=address)
 
-    def given(self, address: Address) -> Command[list[bytes]]:
-        """Return the names of what is aside on a node, and perhaps not taken."""
-        return Command(
-            ("SMEMBERS", self._given), (self._given,), list, repeatable=True, node=address
-        )
+    def given(self, address: Address, since: int) -> Command[list[bytes] | None]:
+        """Return the names of what is aside on a node, and perhaps not taken; None when it has lost
+        what it knew of that.
+        """
+        key = self._given(since)
+        return Command(("SMEMBERS", key), (key,), _names, repeatable=True, node=address)
 
-    def end(self, address: Address, version: int) -> Command[int]:
-        """Let a node forget what was taken: nobody can take it again."""
-        key = self._taken(version)
-        return Command(("UNLINK", key), (key,), repeatable=True, node=address)
+    def end(self, address: Address, since: int) -> Command[int]:
+        """Let a node forget what was given and taken: nobody can do that again."""
+        keys = self._given(since), self._taken(since)
+        return Command(("UNLINK", *keys), keys, repeatable=True, node=address)
 
     def give(
-        self, address: Address, keys: Sequence[bytes], token: str = ""
+        self, address: Address, keys: Sequence[bytes], since: int, token: str = ""
     ) -> Command[list[Gift] | None]:
         """Set keys aside on a node that had them; says what they hold, and nothing of none.
 
-        None when it was said with the token of a mover, and that is another one by now.
+        None when the node has lost what it knew of the move; or when it was said with the token of
+        a mover, and that is another one by now.
         """
         pairs = itertools.chain.from_iterable((key, self._aside(key)) for key in keys)
 
@@ -157,7 +162,7 @@ class Layout:
 
         command = Command[Any](
             (token,),
-            (self._mover, self._given, *pairs),
+            (self._mover, self._given(since), *pairs),
             parse,
             script("router_give"),
             True,
@@ -166,19 +171,19 @@ class Layout:
         return _whole(command)
 
     def take(
-        self, address: Address, gifts: Sequence[Gift], version: int, token: str = ""
+        self, address: Address, gifts: Sequence[Gift], since: int, token: str = ""
     ) -> Command[bool]:
         """Make keys on a node, each at most once in a move; False when that may not be."""
-        keys = self._mover, self._taken(version), *(gift.key for gift in gifts)
+        keys = self._mover, self._taken(since), *(gift.key for gift in gifts)
         args: list[Arg] = [token]
         for gift in gifts:
             args += gift.dump, str(gift.pttl)
         command = Command(tuple(args), keys, bool, script("router_take"), True, node=address)
         return _whole(command)
 
-    def forget(self, address: Address, keys: Sequence[bytes]) -> Command[int]:
+    def forget(self, address: Address, keys: Sequence[bytes], since: int) -> Command[int]:
         """Drop what was set aside: it was taken."""
-        aside = self._given, *map(self._aside, keys)
+        aside = self._given(since), *map(self._aside, keys)
         return _whole(Command(tuple(keys), aside, int, script("router_forget"), True, node=address))
 
     def scan(
@@ -197,10 +202,23 @@ class Layout:
         """List the connections of a node that go by some version."""
         return Command(("CLIENT", "LIST"), (), _clients, repeatable=True, node=address)
 
+    def wake(self, address: Address, client: Client) -> Command[Any]:
+        """End what a connection waits for, as if its time were over."""
+        return Command(("CLIENT", "UNBLOCK", str(client.id)), (), repeatable=True, node=address)
+
     def kill(self, address: Address, client: Client) -> Command[Any]:
-        """End a connection; one that is blocked only wakes up, as if its time were over."""
-        words = ("CLIENT", "UNBLOCK") if client.blocked else ("CLIENT", "KILL", "ID")
-        return Command((*words, str(client.id)), (), repeatable=True, node=address)
+        """End a connection."""
+        words = "CLIENT", "KILL", "ID", str(client.id)
+        return Command(words, (), repeatable=True, node=address)
+
+
+def _both(count: int) -> bool:
+    return count == 2
+
+
+def _names(members: Iterable[bytes]) -> list[bytes] | None:
+    members = set(members)
+    return [member[1:] for member in members if member] if b"" in members else None
 
 
 class Client(NamedTuple):
@@ -209,6 +227,7 @@ class Client(NamedTuple):
     id: int
     version: int
     blocked: bool
+    db: int
 
 
 def _whole(command: Command[Any]) -> Command[Any]:
@@ -233,7 +252,7 @@ def _clients(reply: bytes) -> list[Client]:
         version = fields.get("name", "").removeprefix("rh-")
         if version.isdigit() and fields["name"] != version:
             blocked = "b" in fields.get("flags", "")
-            found.append(Client(int(fields["id"]), int(version), blocked))
+            found.append(Client(int(fields["id"]), int(version), blocked, int(fields["db"])))
     return found
 
 

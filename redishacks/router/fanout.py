@@ -12,11 +12,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from redis.commands import AsyncCoreCommands, CoreCommands
-
 from redishacks._command import Command, Steps, ask_all
 from redishacks._drive import AsyncExchange, Exchange, drive, drive_async
 from redishacks.errors import UsageError
+from redishacks.router._commands import AsyncSpread, Spread
 from redishacks.router._core import Core
 from redishacks.router.replies import BatchError, Reply, Results
 
@@ -26,9 +25,6 @@ _DESTROYS = {b"FLUSHDB", b"FLUSHALL", b"SHUTDOWN", b"SWAPDB", b"DEBUG", b"REPLIC
 
 class _Fanout:
     """What both colours say."""
-
-    #: redis-py's commands expect one; nobody listens.
-    _event_dispatcher: Any = None
 
     def __init__(
         self, core: Core, names: Sequence[str] | None, *, destroy: bool, deadline: float
@@ -62,11 +58,11 @@ class _Fanout:
         finally:
             results.end()
         if results.errors:
-            raise BatchError([Reply(results, place) for place in range(len(names))])
+            raise BatchError([Reply.of(results, place) for place in range(len(names))])
         return dict(zip(names, results.values, strict=True))
 
 
-class Fanout(_Fanout, CoreCommands):
+class Fanout(_Fanout, Spread):
     """redis-py's commands, each said to several nodes; returns values by the names of nodes.
 
     Raises `BatchError` when some fail: its replies, each with its `node`, are those of all.
@@ -81,7 +77,7 @@ class Fanout(_Fanout, CoreCommands):
         return drive(self._say(args, options), self._exchange, self._deadline)
 
 
-class AsyncFanout(_Fanout, AsyncCoreCommands):  # type: ignore[misc]
+class AsyncFanout(_Fanout, AsyncSpread):
     """`Fanout` for asyncio."""
 
     def __init__(self, core: Core, exchange: AsyncExchange, *args: Any, **more: Any) -> None:

@@ -8,7 +8,8 @@ from typing import Any
 from redishacks._command import Outcome
 from redishacks.errors import MaybeAppliedError, RedisHacksError, UsageError
 
-_PENDING = object()
+#: In the place of a value that is not known yet.
+PENDING = object()
 
 
 class Results:
@@ -22,12 +23,14 @@ class Results:
 
     def begin(self, count: int) -> None:
         """Expect so many."""
-        self.values = [_PENDING] * count
+        self.values = [PENDING] * count
 
     def end(self) -> None:
         """Let nothing be pending: what is had been interrupted."""
+        if self.settled:
+            return
         for place, value in enumerate(self.values):
-            if value is _PENDING and place not in self.errors:
+            if value is PENDING and place not in self.errors:
                 self.errors[place] = MaybeAppliedError(
                     "the batch was interrupted: it took effect once or never"
                 )
@@ -60,9 +63,17 @@ class Reply:
 
     __slots__ = ("_place", "_results")
 
-    def __init__(self, results: Results, place: int) -> None:
-        self._results = results
-        self._place = place
+    _results: Results
+    _place: int
+
+    @classmethod
+    def of(cls, results: Results, place: int) -> Reply:
+        """Return the reply at a place."""
+        # A constructor in Python would take as long again as all else that is done for a GET.
+        reply = cls()
+        reply._results = results
+        reply._place = place
+        return reply
 
     @property
     def value(self) -> Any:

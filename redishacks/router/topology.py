@@ -54,6 +54,8 @@ class Topology(NamedTuple):
     state: str = SETTLED
     #: Who is to have which keys, when some are moving.
     target: Placement | None = None
+    #: The version with which the last move's transit began: names what was given and taken in it.
+    since: int = 0
 
     @property
     def nodes(self) -> tuple[str, ...]:
@@ -78,6 +80,7 @@ class Topology(NamedTuple):
             "placement": self.placement.describe(),
             "state": self.state,
             "target": self.target.describe() if self.target is not None else None,
+            "since": self.since,
         }
         return json.dumps(told, sort_keys=True, separators=(",", ":"))
 
@@ -93,6 +96,7 @@ class Topology(NamedTuple):
                 read_placement(told["placement"]),
                 told["state"],
                 read_placement(target) if target is not None else None,
+                int(told["since"]),
             )
         except (ValueError, KeyError, TypeError) as error:
             raise ServerError(

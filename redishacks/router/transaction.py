@@ -20,12 +20,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hiredis import ReplyError
-from redis.commands import CoreCommands
 
 from redishacks._command import Command, Outcome, Steps, ask, call
 from redishacks._drive import drive, drive_async
 from redishacks._transport import Overtaken, Words, pack_words
 from redishacks.errors import RedisHacksError, ServerError, UsageError
+from redishacks.router._commands import Mixed, Recorded
 from redishacks.router._core import Core, Said
 from redishacks.router._dialect import value_of
 from redishacks.router.replies import BatchError, Reply, Results
@@ -37,11 +37,8 @@ class WatchError(RedisHacksError):
     """A watched key was changed: nothing of the transaction was done. Begin it again."""
 
 
-class Queue(CoreCommands):
-    """Records the commands of a transaction, each of which returns a `Reply`."""
-
-    #: redis-py's commands expect one; nobody listens.
-    _event_dispatcher: Any = None
+class _Queue:
+    """Records the commands of a transaction, and settles what became of them."""
 
     def __init__(self, core: Core) -> None:
         self._core = core
@@ -52,7 +49,7 @@ class Queue(CoreCommands):
         """Record a command; raises `UsageError` for what cannot be encoded."""
         if self._results.settled:
             raise UsageError("this transaction has ended: begin another one")
-        reply = Reply(self._results, len(self._said))
+        reply = Reply.of(self._results, len(self._said))
         self._said.append(self._core.say(args, options))
         return reply
 
@@ -101,10 +98,14 @@ class Queue(CoreCommands):
     def check(self) -> None:
         """Raise `BatchError` when some failed."""
         if self._results.errors:
-            raise BatchError([Reply(self._results, at) for at in range(len(self._said))])
+            raise BatchError([Reply.of(self._results, at) for at in range(len(self._said))])
 
 
-class _Transaction(Queue):
+class Queue(_Queue, Recorded):
+    """Records the commands of a transaction, each of which returns a `Reply`."""
+
+
+class _Transaction(_Queue, Mixed):
     """What both colours of a transaction share."""
 
     def __init__(

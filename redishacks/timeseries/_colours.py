@@ -66,7 +66,7 @@ class SyncSeries(Lingering, Core[Transport, Coalescer]):
         Scans the keys of every node, a thousand per round trip; those that come and go meanwhile
         may be there or not.
         """
-        scan = Scan(self.layout, match)
+        scan = Scan(self.layout, match, self._where())
         while (page := self._ask(scan.page())) is not None:
             yield from page
 
@@ -161,7 +161,7 @@ class AsyncSeries(AsyncLingering, Core[AsyncTransport, AsyncCoalescer]):
 
     async def keys(self, match: str | None = None) -> AsyncIterator[str | bytes]:
         """Iterate over the series that have something, as `TimeSeries.keys`."""
-        scan = Scan(self.layout, match)
+        scan = Scan(self.layout, match, self._where())
         while (page := await self._ask(scan.page())) is not None:
             for key in page:
                 yield key

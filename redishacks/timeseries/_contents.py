@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from redishacks import _keys
-from redishacks._command import Steps, ask, ask_all
+from redishacks._command import Command, Steps, ask, ask_all
 from redishacks.timeseries._kind import Entries
 from redishacks.timeseries.commands import SKEW, Layout
 from redishacks.timeseries.resolution import Rung
@@ -62,8 +62,14 @@ def contents(
 class Scan:
     """Which series there are, page by page; each once."""
 
-    def __init__(self, layout: Layout, match: str | None) -> None:
+    def __init__(
+        self,
+        layout: Layout,
+        match: str | None,
+        where: Callable[[Command[Any]], str] | None = None,
+    ) -> None:
         self._layout = layout
+        self._where = where
         pattern = _keys.id_bytes(match or "*", "a pattern").decode()
         self._match = re.compile(fnmatch.translate(pattern))
         self._nodes: list[bytes] | None = None
@@ -75,7 +81,9 @@ class Scan:
         layout = self._layout
         if self._nodes is None:
             rungs = yield from layout.look()
-            self._nodes = (yield from layout.nodes()) if rungs is layout.rungs else []
+            self._nodes = []
+            if rungs is layout.rungs:
+                self._nodes = yield from layout.nodes(self._where)
         if not self._nodes:
             return None
         self._cursor, found = yield from ask(layout.scan(self._nodes[-1], self._cursor))

@@ -355,6 +355,12 @@ class Core(ABC, Generic[T, C]):
             return None
         return found if abs(then - now) <= clock() - began + 1 else None
 
+    def _where(self) -> Callable[[Command[Any]], str] | None:
+        """Return what names the nodes of a router; those of a cluster know their names."""
+        connected: Any = self.transport
+        bare = connected.bare
+        return bare.where if bare.clustered and not bare.sharded else None
+
     def _explain(self, key: Id, start: Instant, end: Instant | None) -> Steps[Plan]:
         raw = _keys.id_bytes(key, "series")
         made, (found,) = yield from self._buckets([raw], start, end)

@@ -409,11 +409,16 @@ class Layout:
         keys = tuple(self.at(key, rung, pack) for rung, key, pack in every)
         return Command(tuple(words), keys, bool, script("series_replace"), bulk=True)
 
-    def nodes(self) -> Steps[list[bytes]]:
-        """Return a key on each node that has some of this name."""
+    def nodes(self, where: Callable[[Command[Any]], str] | None = None) -> Steps[list[bytes]]:
+        """Return a key on each node that has some of this name.
+
+        `where` names the nodes of those that do not know it themselves.
+        """
         metas = [self._key(p, "meta") for p in range(self.partitions)]
         if len(metas) == 1:
             return metas
+        if where is not None:
+            return list({where(Command((), (meta,))): meta for meta in metas}.values())
         asked: list[Command[Any]] = [
             Command(("CLUSTER", "MYID"), (meta,), repeatable=True) for meta in metas
         ]
