@@ -51,8 +51,8 @@ class _Number(click.FloatRange):
     "--rate", type=_Number(min=0, min_open=True), metavar="N", help="Keys per second, at most."
 )
 @click.option(
-    "--drain", type=_Number(min=0, min_open=True), metavar="SECONDS", default=0.5, show_default=True,
-    help="How long connections may take to learn of each step, before they are ended.",
+    "--drain", metavar="SECONDS", type=_Number(min=0, min_open=True), default=0.5,
+    show_default=True, help="How long connections may take to learn of each step, before they are ended.",
 )  # fmt: skip
 @click.option("--take-over", is_flag=True, help="Take it over from whoever moves keys.")
 @click.option("--resume", is_flag=True, help="Without a plan: end what was begun and stopped.")
