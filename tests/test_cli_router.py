@@ -336,6 +336,7 @@ def test_where_a_node_is_must_be_stored(fleet: Fleet) -> None:
         (["reshard", "--nodes", "FILE"], "give a plan"),
         (["reshard", "nowhere.json", "--nodes", "FILE"], "there is no file nowhere.json"),
         (["reshard", "TEXT{}", "--nodes", "FILE"], "is no plan of a router"),
+        (["reshard", ".", "--nodes", "FILE"], "there is no file ."),
         (["reshard", "TEXT{}"], "say which router"),
         (["reshard", "TEXT{}", "TARGET", "more"], "what is more?"),
         (["reshard", "TEXT{}", "TARGET", "--nodes", "FILE"], "It takes one plan, and one TARGET"),

@@ -46,7 +46,7 @@ Exit codes:
   2    usage: an option, the TARGET, or a job that does not fit its counter
   75   try later: Redis or the database is away, or refuses our credentials; nothing is lost
   78   the database lacks a table, a column or a grant; the message shows the DDL
-  130  interrupted by Ctrl-C; 143 by SIGTERM (demo; a flush finishes its batch and is done)
+  130  interrupted by Ctrl-C; 143 by SIGTERM (demo, reshard; a flush finishes its batch and is done)
 With several jobs the worst of these counts: 2, 78, 1, 75, 0.
 """
 

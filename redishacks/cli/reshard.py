@@ -52,7 +52,8 @@ class _Number(click.FloatRange):
 )
 @click.option(
     "--drain", metavar="SECONDS", type=_Number(min=0, min_open=True), default=0.5,
-    show_default=True, help="How long connections may take to learn of each step, before they are ended.",
+    show_default=True,
+    help="How long connections may take to learn of each step, before they are ended.",
 )  # fmt: skip
 @click.option("--take-over", is_flag=True, help="Take it over from whoever moves keys.")
 @click.option("--resume", is_flag=True, help="Without a plan: end what was begun and stopped.")
@@ -82,7 +83,10 @@ def reshard(
     from redishacks.router import Plan
 
     target, path = _split(where, words, resume)
-    plan = Plan.load(path) if path is not None else None
+    try:
+        plan = Plan.load(path) if path is not None else None
+    except OSError as error:
+        raise UsageError(f"{path}: {error.strerror}") from None
     router = where.unweighted().open(target)
     in_use(router)
     err = show.console(err=True)
@@ -117,8 +121,8 @@ def _split(where: Where, words: tuple[str, ...], resume: bool) -> tuple[str | No
     if not resume:
         if not given:
             raise click.UsageError("give a plan (`redishacks nodes plan … --save`), or --resume")
-        path = given.pop(1 if len(given) > 1 and not os.path.exists(given[0]) else 0)
-        if not os.path.exists(path):
+        path = given.pop(1 if len(given) > 1 and not os.path.isfile(given[0]) else 0)
+        if not os.path.isfile(path):
             raise click.UsageError(f"there is no file {path}")
     target, rest = where.split(given)
     if rest:
