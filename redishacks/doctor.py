@@ -450,21 +450,26 @@ def examine_router(router: Router) -> list[Finding]:
 
     A check that cannot be made is a finding too (`Level.UNKNOWN`); errors are not raised.
     """
+    from redishacks.router.health import observer
+
     try:
         if router.redishacks_transport.sharded:
             balance = router.balance()
             away = [_not_seen(f"node {n.name}", n.error) for n in balance.nodes if n.error]
             return away + judge_skew(balance.skew, sum(node.keys for node in balance.nodes))
-        return _nodes(router)
+        transport = observer(router._nodes())
+        try:
+            return _nodes(router, transport)
+        finally:
+            transport.close()
     except RedisHacksError as error:
         return [_not_seen("nodes", error)]
 
 
-def _nodes(router: Router) -> list[Finding]:
-    from redishacks.router.health import forbidden, look, observer
+def _nodes(router: Router, transport: Transport) -> list[Finding]:
+    from redishacks.router.health import forbidden, look
 
     nodes = router._nodes()
-    transport = observer(nodes)
     state = drive(look(nodes), transport, _DEADLINE)
     findings = [
         _not_seen(f"node {node.name}", node.error)

@@ -176,7 +176,11 @@ def ask_nodes(router: Router, steps: Steps[T]) -> T:
     """Have a router's nodes say something, and tell them nothing."""
     from redishacks.router.health import observer
 
-    return drive(steps, observer(router._nodes()), DEADLINE)
+    transport = observer(router._nodes())
+    try:
+        return drive(steps, transport, DEADLINE)
+    finally:
+        transport.close()
 
 
 def in_use(router: Router) -> State:
