@@ -401,7 +401,7 @@ class Nodes:
         self, found: Mapping[str, Stored], newest: Topology | None, missing: Sequence[str]
     ) -> Steps[Topology | None]:
         """Tell nodes what they do not know, if all others were asked."""
-        fresh = newest is None
+        fresh = undecided = newest is None
         if newest is None:
             if missing:
                 raise UnavailableError(
@@ -429,10 +429,10 @@ class Nodes:
                 )
             stored = yield from ask(self.layout.tell((name, _OPEN), newest))
             assert stored is not None
-            if fresh:
+            if undecided:
                 # The first node decides between those that begin at the same time.
                 newest = stored[1]
-                fresh = False
+                undecided = False
             self._named(name, stored[0])
             if stored[0].version == newest.version and stored[0].digest != newest.digest:
                 raise self._two(newest.version)
