@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import importlib
 import itertools
 import json
 import os
@@ -19,6 +20,7 @@ from typing import Any
 import pytest
 import redis
 from click.testing import CliRunner, Result
+from rich.console import Console
 
 from redishacks._drive import drive
 from redishacks._transport import connect, read_settings
@@ -33,6 +35,7 @@ from redishacks.doctor import (
     judge_versions,
 )
 from redishacks.router import Plan, Router, health
+from redishacks.router._move import Progress
 from redishacks.router.commands import Layout
 from redishacks.router.legacy import SignedCrc32
 from redishacks.router.placement import SlotTable
@@ -45,6 +48,9 @@ from redishacks.testing import (
     valkey_server,
 )
 from tests.helpers import eventually, shown_on_a_terminal
+
+#: The module; in the package its name is that of the command.
+cli_reshard = importlib.import_module("redishacks.cli.reshard")
 
 #: Long enough for any test.
 LONG = 60.0
@@ -1084,6 +1090,18 @@ def test_stopped_while_keys_are_closed(fleet: Fleet, signals: int) -> None:
         assert fleet.topology().state == CLOSING
         assert "stopped in closing: 0 keys moved\ncommands for keys that are to move wait" in err
     router.close()
+
+
+def test_stopped_before_it_begins() -> None:
+    """A signal that came before keys were closed waits until they are served again, too."""
+    stop = cli_reshard._Stop()
+    watch = cli_reshard._Watch(stop, Console(stderr=True), None)
+    watch(Progress(TRANSIT, 0, 0))
+    stop._ask(signal.SIGTERM, None)
+    watch(Progress(CLOSING, 0, 0))
+    with pytest.raises(KeyboardInterrupt):
+        watch(Progress(TRANSIT, 0, 0))
+    assert stop.exit_code == 143
 
 
 @pytest.mark.slow
