@@ -94,9 +94,9 @@ class Batch(Recorded):
                 except RedisHacksError as error:
                     results.errors[place] = error
             yield from core.settle(calls, results)
-            for place, one in enumerate(said):
-                if isinstance(one, Queue) and place in results.errors:
-                    one.fail(results.errors[place])
+            for place, why in results.errors.items():
+                if isinstance(failed := said[place], Queue):
+                    failed.fail(why)
         finally:
             results.end()
         if raises and results.errors:
