@@ -80,11 +80,19 @@ class Move:
         self._said_at = 0.0
         self._seen = self._moved = 0
 
-    def run(self, target: Placement | None, version: int | None = None) -> Steps[Progress]:
+    def run(
+        self,
+        target: Placement | None,
+        version: int | None = None,
+        before: Placement | None = None,
+    ) -> Steps[Progress]:
         """Move all to a placement, or end what another mover began (None).
 
-        With a `version` nothing is begun unless that is what is stored.
+        With a `version`, and what was `before`, nothing is begun unless that is what is stored.
         """
+        for name in target.nodes if target is not None else ():
+            if name not in self._names:
+                raise UsageError(f"node {name} was not given to this router")
         try:
             yield from self._claim()
             yield from self._learn()
@@ -95,6 +103,8 @@ class Move:
                         f"the plan is for version {version} of the topology, which is at "
                         f"{topology.version} by now: make another plan"
                     )
+                if before is not None and before.describe() != topology.placement.describe():
+                    raise UsageError("the plan is for other nodes than these: make another plan")
                 if target is None:
                     yield from self._tidy_up()
                     return Progress(SETTLED, 0, 0)

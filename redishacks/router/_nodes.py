@@ -191,6 +191,15 @@ class Nodes:
         self._hint: str | None = None
         self._why = "no node was asked yet"
 
+    def twin(self, kind: type[Nodes] | None = None) -> Nodes:
+        """Return the same nodes, of which nothing is known yet: for another transport."""
+        settings = {
+            name: dataclasses.replace(each, greeting=None)
+            for (name, kind), each in self._settings.items()
+            if kind == _OPEN
+        }
+        return (kind or Nodes)(settings, self.wanted, self.layout)
+
     # For the transport
 
     def doubt(self, node: Address | None = None) -> None:

@@ -147,7 +147,9 @@ class _Base(Generic[X]):
             take_over=take_over,
             on_progress=on_progress,
         )
-        return move.run(plan.new, plan.version) if plan is not None else move.run(None)
+        if plan is None:
+            return move.run(None)
+        return move.run(plan.new, plan.version, plan.old)
 
 
 class Router(_Base[SyncTransport], CoreCommands):  # type: ignore[misc]
@@ -430,6 +432,13 @@ class AsyncRouter(_Base[AsyncTransport], AsyncCoreCommands):  # type: ignore[mis
             await self._drive(queue.commit(), self._deadline)
         finally:
             queue.leave()
+
+    def twin(self) -> Router:
+        """Return a `Router` for the same nodes: a tool that is not for asyncio takes it."""
+        routes = self._nodes().twin()
+        router = Router.__new__(Router)
+        router._begin(connect_nodes(routes), self._core.dialect, self._deadline)
+        return router
 
     async def aclose(self) -> None:
         """Close this loop's connections; the next call opens new ones."""
