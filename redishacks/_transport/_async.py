@@ -19,15 +19,15 @@ from hiredis import ReplyError
 from redishacks._command import Command, Outcome
 from redishacks._drive import drive_async
 from redishacks._transport._async_link import Link, open_link
-from redishacks._transport._decide import CONNECT_DEADLINE, Message, Talk
+from redishacks._transport._decide import CONNECT_DEADLINE, FIRST_PAUSE, Message, Talk
 from redishacks._transport._foreign import ForeignNode
 from redishacks._transport._loss import Lost, Refused, Unreachable
-from redishacks._transport._own import AsyncConversation, Terms
+from redishacks._transport._own import AsyncConversation, Terms, check_asked, unsaid
 from redishacks._transport._routes import Routes, View, settings_for
 from redishacks._transport._settings import Settings
-from redishacks._transport._socket import CLOSED
+from redishacks._transport._socket import CLOSE_AFTER, CLOSED
 from redishacks._transport._wire import PING, Address, pack, show
-from redishacks.errors import RedisHacksError, UnavailableError, UsageError
+from redishacks.errors import RedisHacksError, UsageError
 
 T = TypeVar("T")
 
@@ -129,22 +129,21 @@ class Node:
         self._spare: list[Link] = []
 
     async def take(self, patience: float) -> Link:
-        """Return a connection that nobody else uses; raises `UnavailableError`."""
+        """Return a connection that nobody else uses; raises `Unreachable` or `Refused`."""
         while self._spare:
             link = self._spare.pop()
             if link.usable(monotonic()) and link.look():
                 return link
             link.lose(CLOSED)
         self._own = {link for link in self._own if link.open}
-        try:
-            return await open_link(self._loop, self._settings, patience, self._own)
-        except (Unreachable, Refused) as error:
-            raise UnavailableError(f"{show(self.address)}: {error}") from None
+        return await open_link(self._loop, self._settings, patience, self._own)
 
     def give(self, link: Link, *, whole: bool) -> None:
         """Take a connection back, which is ended unless all that was asked was answered."""
         if whole and link.open:
             self._spare.append(link)
+            while monotonic() - self._spare[0].since > CLOSE_AFTER:
+                self._spare.pop(0).lose(CLOSED)
         else:
             link.lose(CLOSED)
 
@@ -337,12 +336,18 @@ class AsyncTransport:
             view = self._routes.view if self._routes is not None else None
             if self._routes is not None and (view is None or not view.settled):
                 await self.call(question, end - monotonic())
-                if view is None or self._routes.view is not view:
-                    continue  # it is not said that they are there by that one
+                if self._routes.view is not view:
+                    continue
             node = site.only or site.node(view.route(keys))  # type: ignore[union-attr]
             if isinstance(node, ForeignNode):
                 raise UsageError("this client's class of connections cannot be used for that")
-            link = await node.take(max(0.0, end - monotonic()))
+            check_asked(self._routes, node.address, deadline)
+            try:
+                link = await node.take(max(0.0, end - monotonic()))
+            except (Unreachable, Refused) as error:
+                unsaid(self._routes, node.address, error, end)
+                await asyncio.sleep(FIRST_PAUSE)
+                continue
             if self._routes is None or self._routes.view is view:
                 return AsyncConversation(node, link, Terms(node.address, self._routes, view))
             node.give(link, whole=True)

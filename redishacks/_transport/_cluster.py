@@ -116,7 +116,7 @@ class SlotMap:
     def fine(self, node: Address) -> None:
         """Nothing was noted."""
 
-    def broken(self, node: Address) -> None:
+    def broken(self, node: Address, patience: float) -> None:
         """Every node is asked."""
 
     def silent(self, node: Address) -> bool:

@@ -234,7 +234,7 @@ class Talk(Generic[T]):
                 continue
             if self._routes is not None and self._routes.troubled:
                 if node not in broken:
-                    broken[node] = self._routes.broken(node)
+                    broken[node] = self._routes.broken(node, self.deadline)
                 if (why := broken[node]) is not None:
                     self._settle(index, UnavailableError(f"{self._where(index, node)}: {why}"))
                     continue

@@ -14,8 +14,9 @@ from hiredis import ReplyError
 
 from redishacks._transport._async_link import Link as AsyncLink
 from redishacks._transport._decide import REDIRECTED, Message, Talk
-from redishacks._transport._loss import Lost, Overtaken
+from redishacks._transport._loss import Lost, Overtaken, Refused, Unreachable
 from redishacks._transport._routes import Routes, View
+from redishacks._transport._socket import CLOSED, LATE
 from redishacks._transport._wire import Address, Words, pack_words, show
 from redishacks.errors import MaybeAppliedError, UnavailableError
 
@@ -29,6 +30,15 @@ class Terms:
         self.address = address
         self._routes, self._view = routes, view
 
+    @property
+    def settled(self) -> bool:
+        """No key was moving when it began."""
+        return self._view is None or self._view.settled
+
+    def closed(self) -> Exception:
+        """Return the error of a connection that was closed before anything was said."""
+        return UnavailableError(f"{show(self.address)}: {CLOSED}; nothing was said over it")
+
     def talk(self, deadline: float) -> Talk[Any]:
         """Begin an exchange."""
         return Talk((), deadline, monotonic(), self.address, self._routes, self._view)
@@ -41,6 +51,10 @@ class Terms:
 
     def lost(self, loss: Lost) -> Exception:
         """Return the error of an exchange that did not end."""
+        if self._routes is not None:
+            if loss.why is LATE and not loss.replies:
+                self._routes.failed(self.address, silent=True)
+            self._routes.doubt(self.address)
         if loss.written:
             return MaybeAppliedError(
                 f"{show(self.address)}: sent, then {loss.why}; it took effect once or never"
@@ -67,6 +81,11 @@ class Conversation:
         self._node, self._link, self._terms = node, link, terms
         self._whole = True
 
+    @property
+    def settled(self) -> bool:
+        """No key was moving when it began."""
+        return self._terms.settled
+
     def ask(self, words: Sequence[Words], deadline: float) -> list[Any]:
         """Say some words; returns their replies, errors as values.
 
@@ -78,6 +97,8 @@ class Conversation:
         if told is None:
             raise Overtaken(_OVERTAKEN)
         self._whole = False
+        if not self._link.alive():
+            raise self._terms.closed()
         try:
             self._link.send(told.data, talk.end)
             replies = self._link.replies(told.replies, talk.end)
@@ -101,15 +122,20 @@ class AsyncConversation:
         self._node, self._link, self._terms = node, link, terms
         self._whole = True
 
+    @property
+    def settled(self) -> bool:
+        """No key was moving when it began."""
+        return self._terms.settled
+
     async def ask(self, words: Sequence[Words], deadline: float) -> list[Any]:
         """Say some words, as `Conversation.ask`."""
         talk = self._terms.talk(deadline)
         told = talk.addressed(self._terms.message(words), self._link, monotonic())
         if told is None:
             raise Overtaken(_OVERTAKEN)
-        if not self._link.open:
-            raise UnavailableError(f"{show(self._terms.address)}: the connection was closed")
         self._whole = False
+        if not self._link.look():
+            raise self._terms.closed()
         replies = await self._link.submit(told.data, told.replies, talk.end)
         if isinstance(replies, Lost):
             raise self._terms.lost(replies)
@@ -119,3 +145,26 @@ class AsyncConversation:
     def close(self, *, keep: bool = True) -> None:
         """Give the connection back, or end it where an exchange has not come to its end."""
         self._node.give(self._link, whole=self._whole and keep)
+
+
+def check_asked(routes: Routes | None, address: Address, patience: float) -> None:
+    """Raise `UnavailableError` for a node that did not answer a moment ago."""
+    if routes is not None and routes.troubled:
+        why = routes.broken(address, patience)
+        if why is not None:
+            raise UnavailableError(f"{show(address)}: {why}")
+
+
+def unsaid(
+    routes: Routes | None, address: Address, error: Unreachable | Refused, end: float
+) -> None:
+    """Take note that there was no connection; raises `UnavailableError` unless it is tried again.
+
+    A new connection is refused when its node knows of a newer view: that is read first.
+    """
+    if routes is not None:
+        if isinstance(error, Unreachable):
+            routes.failed(address, silent=False)
+        routes.doubt(address)
+    if routes is None or isinstance(error, Unreachable) or monotonic() >= end:
+        raise UnavailableError(f"{show(address)}: {error}") from None

@@ -110,8 +110,11 @@ class Routes(Protocol):
     def fine(self, node: Address) -> None:
         """Take note that a node has answered."""
 
-    def broken(self, node: Address) -> str | None:
-        """Return why a node is not asked for now; None for one that is, also to try it again."""
+    def broken(self, node: Address, patience: float) -> str | None:
+        """Return why a node is not asked for now; None for one that is.
+
+        Also to try it again, for one caller in the time that it has `patience`.
+        """
 
     def silent(self, node: Address) -> bool:
         """Whether a node did not answer when it was asked last."""

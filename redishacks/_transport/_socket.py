@@ -11,6 +11,8 @@ from collections.abc import Mapping
 LOOK_AFTER = 0.005
 #: … and for longer than this it must answer a PING first.
 PING_AFTER = 30.0
+#: Idle for longer than this, it is closed when another one is given back.
+CLOSE_AFTER = 60.0
 
 LATE = "no reply within the deadline"
 CLOSED = "the connection was closed"

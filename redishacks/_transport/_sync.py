@@ -21,21 +21,18 @@ from hiredis import ReplyError
 from redishacks._command import Command, Outcome
 from redishacks._drive import drive
 from redishacks._transport import _sentinel
-from redishacks._transport._decide import CONNECT_DEADLINE, Message, Talk
+from redishacks._transport._decide import CONNECT_DEADLINE, FIRST_PAUSE, Message, Talk
 from redishacks._transport._foreign import ForeignLink
 from redishacks._transport._link import greet, open_link
 from redishacks._transport._loss import Lost, Refused, Unreachable
-from redishacks._transport._own import Conversation, Terms
+from redishacks._transport._own import Conversation, Terms, check_asked, unsaid
 from redishacks._transport._routes import Routes, View, settings_for
 from redishacks._transport._settings import Settings
-from redishacks._transport._socket import LOOK_AFTER, PING_AFTER
+from redishacks._transport._socket import CLOSE_AFTER, LOOK_AFTER, PING_AFTER
 from redishacks._transport._wire import PING, Address, pack, show
-from redishacks.errors import RedisHacksError, UnavailableError, UsageError
+from redishacks.errors import RedisHacksError, UsageError
 
 T = TypeVar("T")
-
-#: Idle for longer than this, a connection is closed when another one is given back.
-CLOSE_AFTER = 60.0
 
 
 class Channel(Protocol):
@@ -331,13 +328,16 @@ class SyncTransport:
             view = self._routes.view if self._routes is not None else None
             if self._routes is not None and (view is None or not view.settled):
                 self.call(question, end - monotonic())
-                if view is None or self._routes.view is not view:
-                    continue  # it is not said that they are there by that one
+                if self._routes.view is not view:
+                    continue
             node = self._only or self._node(view.route(keys))  # type: ignore[union-attr]
+            check_asked(self._routes, node.address, deadline)
             try:
                 link = node.take(monotonic()) or node.connect(max(0.0, end - monotonic()))
             except (Unreachable, Refused) as error:
-                raise UnavailableError(f"{show(node.address)}: {error}") from None
+                unsaid(self._routes, node.address, error, end)
+                time.sleep(FIRST_PAUSE)
+                continue
             if not link.alive():  # however lately it was used: what is said waits for long
                 node.drop(link)
             elif self._routes is None or self._routes.view is view:

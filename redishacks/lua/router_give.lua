@@ -22,8 +22,8 @@ local most = tonumber(ARGV[2]) or math.huge
 local found, size = {}, 0
 for i = 3, #KEYS, 2 do
   local key, aside = KEYS[i], KEYS[i + 1]
-  if call('EXISTS', aside) == 0 and call('EXISTS', key) == 1 then
-    call('RENAME', key, aside)
+  -- An error when there is no such key; 0 when one is aside already.
+  if redis.pcall('RENAMENX', key, aside) == 1 then
     call('SADD', KEYS[2], '=' .. key)
   end
   local dump, pttl = call('DUMP', aside), call('PTTL', aside)

@@ -4,6 +4,7 @@ from redishacks.router.client import AsyncRouter, Explanation, Router
 from redishacks.router.placement import Placement, SlotTable
 from redishacks.router.replies import BatchError, Reply
 from redishacks.router.reshard import Plan
+from redishacks.router.transaction import WatchError
 
 __all__ = [
     "AsyncRouter",
@@ -14,4 +15,5 @@ __all__ = [
     "Reply",
     "Router",
     "SlotTable",
+    "WatchError",
 ]

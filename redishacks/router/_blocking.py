@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from redishacks._clock import clock
-from redishacks._command import Command, Steps, ask_all, call
+from redishacks._command import Command, Sleep, Steps, ask_all, call
 from redishacks._transport import Overtaken
 from redishacks.errors import ServerError, UsageError
 from redishacks.router._core import Core, Said
@@ -18,6 +18,8 @@ from redishacks.router._dialect import value_of
 
 #: Seconds of one word.
 _SLICE = 1.0
+#: Seconds before a wait is begun anew where keys are moving.
+_PAUSE = 0.01
 #: Which word says for how long, in seconds.
 _LAST = {b"BLPOP", b"BRPOP", b"BZPOPMIN", b"BZPOPMAX", b"BRPOPLPUSH", b"BLMOVE"}
 _FIRST = {b"BLMPOP", b"BZMPOP"}
@@ -38,6 +40,9 @@ def wait(core: Core, said: Said, deadline: float) -> Steps[Any]:
             began = clock()
             (reply,) = yield from call(talk.ask, [now], seconds + deadline)
         except Overtaken:
+            if end is not None and clock() >= end:
+                raise
+            yield Sleep(_PAUSE)  # a slot of a cluster that moves says so until it has moved
             continue
         finally:
             talk.close()
@@ -107,11 +112,14 @@ def _place(words: Sequence[bytes]) -> int | None:
     if name in _FIRST:
         return 1
     if name in _OPTION:
-        for at, word in enumerate(words[:-1]):
-            if word.upper() == b"STREAMS":
+        at = 1
+        while at < len(words) - 1:
+            word = words[at].upper()
+            if word == b"STREAMS":
                 return None
-            if word.upper() == b"BLOCK":
+            if word == b"BLOCK":
                 return at + 1
+            at += 3 if word == b"GROUP" else 1  # names, which may be any words
     return None
 
 

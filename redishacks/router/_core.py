@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from hiredis import ReplyError
 
-from redishacks._command import Ask, Command, Outcome, Steps, ask, ask_all, call
+from redishacks._command import Arg, Ask, Command, Outcome, Steps, ask, ask_all, call
 from redishacks._keys import id_shown
 from redishacks._slots import at_slots, key_slot, key_slots
 from redishacks._transport import AsyncTransport, Overtaken, SyncTransport, View
@@ -30,7 +30,13 @@ from redishacks.router.replies import PENDING, Results
 _SPLIT = {b"MGET": MGET, b"MSET": SET, **{kind.encode(): kind for kind in SUMS}}
 #: What any node may be asked.
 _ANYWHERE = {b"PING", b"ECHO", b"TIME", b"COMMAND", b"EVAL", b"EVAL_RO"}
-_COMMAND: Command[KeySpecs] = Command(("COMMAND",), parse=KeySpecs, repeatable=True, bulk=True)
+#: What changes a connection for those who use it next; moves know it by its name.
+_STATEFUL = frozenset(
+    b"WATCH UNWATCH MULTI EXEC DISCARD SELECT AUTH HELLO RESET QUIT MONITOR SUBSCRIBE PSUBSCRIBE "
+    b"SSUBSCRIBE UNSUBSCRIBE PUNSUBSCRIBE SUNSUBSCRIBE ASKING READONLY READWRITE SYNC PSYNC".split()
+)
+_CLIENT = frozenset(b"SETNAME REPLY TRACKING CACHING CAPA NO-EVICT NO-TOUCH".split())
+_COMMAND: Command[Any] = Command(("COMMAND",), repeatable=True, bulk=True)
 
 #: Seconds for learning who has which keys.
 _LEARNING = 1.0
@@ -72,7 +78,16 @@ class Core:
 
     def say(self, args: Sequence[Any], options: Mapping[str, Any]) -> Said:
         """Return a call as it is said and heard; raises `UsageError`."""
-        return self.dialect.words(args), self.dialect.parse(args[0], options)
+        if type(args[0]) is Command:
+            return tuple(map(self.dialect.encode, spelled(args[0]).args)), args[0].parse
+        words = self.dialect.words(args)
+        name = words[0].upper()
+        if name in _STATEFUL or (
+            name == b"CLIENT" and len(words) > 1 and words[1].upper() in _CLIENT
+        ):
+            shown = b" ".join(words[: 1 + (name == b"CLIENT")]).decode()
+            raise UsageError(f"{shown} would change a connection that others use as well")
+        return words, self.dialect.parse(args[0], options)
 
     def quick(self, args: Sequence[Any], options: Mapping[str, Any]) -> Command[Any] | None:
         """Return a call as one command, if that can be done in a moment: most have one key."""
@@ -95,7 +110,7 @@ class Core:
         assert self.specs is not None
         word = name.encode()
         bounds = self.specs.bounds(word)
-        if bounds is not None and word not in _SPLIT:
+        if bounds is not None and word not in _SPLIT and word.upper() not in _STATEFUL:
             parse = self.dialect.parse(name, {})
             reads = self.specs.is_read_only((word,) * bounds[0])
             self._forms[name] = Form(word, *bounds, parse, reads)
@@ -124,12 +139,22 @@ class Core:
             return Call(SET, Command(words, words[1:2], parse), words[2])
         return Call(OTHER, (yield from self.command(said)))
 
+    def _learn_specs(self) -> Steps[None]:
+        """Ask what is a key in which command."""
+        (outcome,) = yield from ask_all([_COMMAND])
+        if isinstance(outcome.error, UnavailableError) and self.routes.view is not None:
+            (outcome,) = yield from ask_all([_COMMAND])  # of a node that answers
+        reply = outcome.result()
+        if self.specs is None:  # many may have asked at once, and it takes a while to read
+            self.specs = KeySpecs(reply)
+
     def command(self, said: Said) -> Steps[Command[Any]]:
         """Return a call as one command; asks a node which of its words are keys, if it must."""
         words, parse = said
         if self.specs is None:
-            self.specs = yield from ask(_COMMAND)
+            yield from self._learn_specs()
         specs = self.specs
+        assert specs is not None
         keys = specs.keys(words)
         if keys is None:
             question = Command[Any]((b"COMMAND", b"GETKEYS", *words), repeatable=True)
@@ -148,29 +173,31 @@ class Core:
         self, kind: str, words: tuple[bytes, ...], parse: Callable[[Any], Any]
     ) -> Steps[Any]:
         """Say a call for several keys to the nodes that have them."""
-        keys = words[1:]
+        keys, calls = words[1:], dict[int, Call]()
         values: Sequence[bytes] = ()
         if kind is SET:
             keys, values = words[1::2], words[2::2]
             if len(keys) != len(values):
                 raise UsageError("MSET: each key needs a value")
-            calls = [
-                Call(SET, Command((b"SET", key, value), (key,)), value)
-                for key, value in zip(keys, values, strict=True)
-            ]
-        elif kind is MGET:
-            calls = [Call(MGET, Command((kind, key), (key,), _first, None, True)) for key in keys]
-        else:
-            reads = kind == "EXISTS"
-            calls = [Call(kind, Command((kind, key), (key,), int, None, reads)) for key in keys]
         results = Results()
-        results.begin(len(calls))
-        yield from self.settle(dict(enumerate(calls)), results)
+        results.begin(len(keys))
+        if kind is SET:
+            for place, (key, value) in enumerate(zip(keys, values, strict=True)):
+                calls[place] = Call(SET, Command((b"SET", key, value), (key,)), value)
+        elif kind is MGET:
+            for place in (yield from self.settle_gets(keys, results)):
+                key = keys[place]
+                calls[place] = Call(MGET, Command((kind, key), (key,), _first, None, True))
+        else:
+            for place, key in enumerate(keys):
+                reads = kind == "EXISTS"
+                calls[place] = Call(kind, Command((kind, key), (key,), int, None, reads))
+        yield from self.settle(calls, results)
         failed = {id_shown(keys[place]): error for place, error in results.errors.items()}
         if failed:
             doubts = [e for e in results.errors.values() if isinstance(e, MaybeAppliedError)]
             first = next(iter(doubts or results.errors.values()))
-            if len(results.errors) == len(calls) or kind is MGET or kind == "EXISTS":
+            if len(results.errors) == len(keys) or kind is MGET or kind == "EXISTS":
                 raise first
             raise PartlyAppliedError(
                 f"{words[0].decode()}: {len(failed)} of {len(keys)} keys are not surely done; the "
@@ -227,7 +254,11 @@ class Core:
                     values[place] = PENDING
                     left.append(place)
         if self.dialect.decodes:
-            values = [self.dialect.decode(value) for value in values]
+            for place, value in enumerate(values):
+                try:
+                    values[place] = self.dialect.decode(value)
+                except UnicodeDecodeError as problem:
+                    results.errors[place] = problem
         results.values = values
         results.settled = not left
         return left
@@ -339,7 +370,41 @@ class Core:
         else:
             for place, value in zip(run.places, outcome.value or (), strict=True):
                 parse = calls[place].command.parse
-                results.values[place] = parse([value] if run.kind is MGET else value)
+                try:
+                    results.values[place] = parse([value] if run.kind is MGET else value)
+                except Exception as error:
+                    results.errors[place] = error
+
+
+def spelled(command: Command[Any]) -> Command[Any]:
+    """Return a script's command that says all of it: it works where nobody can try again."""
+    if command.script is None:
+        return command
+    head: tuple[Arg, ...] = ("EVAL", command.script.source, str(len(command.keys)))
+    return command._replace(args=(*head, *command.keys, *command.args), script=None)
+
+
+def in_order(calls: dict[int, Call]) -> None:
+    """Let scripts of a batch be said whole where something follows for one of their slots.
+
+    Else a node that does not know them would do what follows first.
+    """
+    later: set[int] = set()
+    whole: list[int] = []
+    for place in reversed(calls):
+        command = calls[place].command
+        slots = set(map(key_slot, command.keys))
+        if command.script is not None and not later.isdisjoint(slots):
+            whole.append(place)
+        later |= slots
+    known: set[tuple[bytes, int]] = set()
+    for place in reversed(whole):
+        command = calls[place].command
+        assert command.script is not None
+        here = command.script.sha, key_slot(command.keys[0])
+        if here not in known:
+            known.add(here)
+            calls[place] = calls[place]._replace(command=spelled(command))
 
 
 def _first(reply: Sequence[Any]) -> Any:

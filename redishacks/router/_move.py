@@ -14,16 +14,18 @@ token is on the node that hears it.
 
 from __future__ import annotations
 
+import itertools
 import secrets
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 from redishacks._clock import clock
 from redishacks._command import Ask, Command, Outcome, Sleep, Steps, ask_all
+from redishacks._slots import at_slots
 from redishacks._transport import Address, Overtaken
 from redishacks.errors import UnavailableError, UsageError
 from redishacks.router._nodes import LOST, Known, Nodes, address
-from redishacks.router.commands import Gift
+from redishacks.router.commands import Gift, Given
 from redishacks.router.placement import Placement, SlotTable
 from redishacks.router.topology import CLOSING, SETTLED, TRANSIT, Topology
 
@@ -35,7 +37,9 @@ _TTL, _RENEW = 10.0, 2.0
 _LOOK = 0.02
 #: Seconds for whose wait was ended to go by the new version.
 _WAKING = 0.3
-#: Keys of one script, and bytes after which it looks at no more of them.
+#: Seconds' worth of keys of one script, where there is a rate; how many at most, and bytes after
+#: which it looks at no more of them.
+_MOMENT = 0.1
 _BATCH, _MOST = 500, "8000000"
 _SCAN = 1_000
 #: Scans of a node: one, and another for each client that was killed in the middle of a pull.
@@ -76,11 +80,19 @@ class Move:
         self._said_at = 0.0
         self._seen = self._moved = 0
 
-    def run(self, target: Placement | None, version: int | None = None) -> Steps[Progress]:
+    def run(
+        self,
+        target: Placement | None,
+        version: int | None = None,
+        before: Placement | None = None,
+    ) -> Steps[Progress]:
         """Move all to a placement, or end what another mover began (None).
 
-        With a `version` nothing is begun unless that is what is stored.
+        With a `version`, and what was `before`, nothing is begun unless that is what is stored.
         """
+        for name in target.nodes if target is not None else ():
+            if name not in self._names:
+                raise UsageError(f"node {name} was not given to this router")
         try:
             yield from self._claim()
             yield from self._learn()
@@ -91,6 +103,8 @@ class Move:
                         f"the plan is for version {version} of the topology, which is at "
                         f"{topology.version} by now: make another plan"
                     )
+                if before is not None and before.describe() != topology.placement.describe():
+                    raise UsageError("the plan is for other nodes than these: make another plan")
                 if target is None:
                     yield from self._tidy_up()
                     return Progress(SETTLED, 0, 0)
@@ -179,69 +193,65 @@ class Move:
         """Move every key over, until a scan of all nodes was whole and nothing is aside."""
         for name in old.nodes:
             for _ in range(_SCANS):
-                yield from self._scan(name, old, new)
+                yield from self._carry(name, [], b"0", old, new)
                 since = self._topology().since
                 (aside,) = yield from self._each(self._layout.given, since, among=[name])
                 if aside is None:
-                    raise UnavailableError(LOST)
+                    yield from self._lost()
                 if not aside:
                     break
                 # Somebody was in the middle of it, or was killed there.
-                yield from self._carry(name, aside, new)
+                yield from self._carry(name, aside, None, old, new)
             else:
                 raise UnavailableError(f"node {name}: keys are set aside all the time")
 
-    def _scan(self, name: str, old: Placement, new: Placement) -> Steps[None]:
-        cursor = b"0"
-        began = clock()
-        moved = self._moved
-        while True:
-            (found,) = yield from self._say([self._layout.scan(address(name), cursor, _SCAN)])
-            cursor, keys = found
-            self._seen += len(keys)
-            moving = [
-                key for key in keys if old.node_for(key) == name and new.node_for(key) != name
-            ]
-            for start in range(0, len(moving), _BATCH):
-                yield from self._carry(name, moving[start : start + _BATCH], new)
+    def _carry(
+        self,
+        name: str,
+        waiting: Sequence[bytes],
+        cursor: bytes | None,
+        old: Placement,
+        new: Placement,
+    ) -> Steps[None]:
+        """Move keys of a node: those that are waiting, and what a scan finds from its cursor on.
+
+        In each exchange some are found, those found before are given, those given before are taken,
+        and those whose taking was answered are forgotten: the nodes work at the same time.
+        """
+        layout, since, token = self._layout, self._topology().since, self._token
+        at, leaving = address(name), _leaving(name, old, new)
+        some = _BATCH if self._rate is None else max(1, min(_BATCH, round(self._rate * _MOMENT)))
+        given: list[Gift] = []
+        taken: list[bytes] = []
+        began, before = clock(), self._moved
+        while waiting or given or taken or cursor is not None:
+            asked, waiting = waiting[:some], waiting[some:]
+            scans = [layout.scan(at, cursor, _SCAN)] if cursor is not None and not waiting else []
+            forgets = [layout.forget(at, taken, since)] if taken else []
+            gives = [layout.give(at, asked, since, token, _MOST)] if asked else []
+            takes = [layout.take(node, gifts, since, token) for node, gifts in _sorted(given, new)]
+            replies = iter((yield from self._say([*forgets, *scans, *gives, *takes])))
+            for _ in forgets:
+                next(replies)
+                self._moved += len(taken)
+            for _ in scans:
+                cursor, keys = next(replies)
+                cursor = cursor if cursor != b"0" else None
+                # It has those too that are set aside just now.
+                busy = {*asked, *(gift.key for gift in given)}
+                waiting = [key for key in leaving(keys) if key not in busy]
+                self._seen += len(keys)
+            found = next(replies) if gives else Given([], 0)
+            if found is None or not all(replies):
+                yield from self._lost()
+            waiting = [*asked[found.looked :], *waiting]
+            taken, given = [gift.key for gift in given], found.gifts
             self._tell(TRANSIT)
             yield from self._renew()
             if self._rate:
-                ahead = (self._moved - moved) / self._rate - (clock() - began)
+                ahead = (self._moved - before) / self._rate - (clock() - began)
                 if ahead > 0:
                     yield Sleep(min(ahead, _RENEW))
-            if cursor == b"0":
-                return
-
-    def _carry(self, name: str, keys: Sequence[bytes], new: Placement) -> Steps[None]:
-        """Move some keys of a node: give, take, forget."""
-        while keys:
-            keys = keys[(yield from self._carry_some(name, keys, new)) :]
-
-    def _carry_some(self, name: str, keys: Sequence[bytes], new: Placement) -> Steps[int]:
-        """Move the first of some keys; returns how many it were."""
-        yield from self._renew()
-        layout, since = self._layout, self._topology().since
-        give = layout.give(address(name), keys, since, self._token, _MOST)
-        (given,) = yield from self._say([give])
-        if given is None:
-            yield from self._renew(now=True)  # raises, if that is why
-            raise UnavailableError(LOST)
-        gifts = given.gifts
-        groups: dict[Address, list[Gift]] = {}
-        for gift in gifts:
-            groups.setdefault(address(new.node_for(gift.key)), []).append(gift)
-        taken = yield from self._say(
-            [layout.take(node, some, since, self._token) for node, some in groups.items()]
-        )
-        if not all(taken):
-            yield from self._renew(now=True)  # raises, if that is why
-            raise UnavailableError(LOST)
-        if gifts:
-            done = [gift.key for gift in gifts]
-            yield from self._say([layout.forget(address(name), done, since)])
-        self._moved += len(gifts)
-        return given.looked
 
     # What all movers need
 
@@ -268,6 +278,11 @@ class Move:
             if any(outcome.value is not None for outcome in others):
                 raise self._overtaken()
             self._said_at = clock()
+
+    def _lost(self) -> Steps[None]:
+        """Raise why a node knows nothing of the move."""
+        yield from self._renew(now=True)  # raises, if somebody else has ended it
+        raise UnavailableError(LOST)
 
     def _publish(
         self,
@@ -352,9 +367,29 @@ class Move:
         commands = [make(self._nodes.open(name), *args, **more) for name in self._names]
         return (yield from ask_all(commands))
 
-    def _say(self, commands: Sequence[Command[T]]) -> Steps[list[T]]:
+    def _say(self, commands: Sequence[Command[Any]]) -> Steps[list[Any]]:
         """Say something to some nodes, as long as what this mover goes by is the newest."""
-        outcomes: list[Outcome[T]] = (yield Ask(commands, self._known)) if commands else []
+        outcomes: list[Outcome[Any]] = yield Ask(commands, self._known)
         if any(isinstance(outcome.error, Overtaken) for outcome in outcomes):
             raise self._overtaken()
         return [outcome.result() for outcome in outcomes]
+
+
+def _leaving(
+    name: str, old: Placement, new: Placement
+) -> Callable[[Sequence[bytes]], Sequence[bytes]]:
+    """Return what picks the keys that are to leave a node."""
+    if isinstance(old, SlotTable) and isinstance(new, SlotTable):
+        leaves = [was == name != will for was, will in zip(old.by_slot, new.by_slot, strict=True)]
+        return lambda keys: list(itertools.compress(keys, at_slots(keys, leaves)))
+    return lambda keys: [
+        key for key in keys if old.node_for(key) == name and new.node_for(key) != name
+    ]
+
+
+def _sorted(gifts: Iterable[Gift], new: Placement) -> Iterable[tuple[Address, list[Gift]]]:
+    """Return gifts by the node that is to take them."""
+    groups: dict[Address, list[Gift]] = {}
+    for gift in gifts:
+        groups.setdefault(address(new.node_for(gift.key)), []).append(gift)
+    return groups.items()

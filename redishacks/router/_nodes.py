@@ -191,6 +191,15 @@ class Nodes:
         self._hint: str | None = None
         self._why = "no node was asked yet"
 
+    def twin(self, kind: type[Nodes] | None = None) -> Nodes:
+        """Return the same nodes, of which nothing is known yet: for another transport."""
+        settings = {
+            name: dataclasses.replace(each, greeting=None)
+            for (name, kind), each in self._settings.items()
+            if kind == _OPEN
+        }
+        return (kind or Nodes)(settings, self.wanted, self.layout)
+
     # For the transport
 
     def doubt(self, node: Address | None = None) -> None:
@@ -263,8 +272,11 @@ class Nodes:
         """Take note that a node has answered."""
         self._trouble.pop(node[0], None)
 
-    def broken(self, node: Address) -> str | None:
-        """Return why a node is not asked for now; None for one that is, also to try it again."""
+    def broken(self, node: Address, patience: float) -> str | None:
+        """Return why a node is not asked for now; None for one that is.
+
+        Also to try it again, for one caller in the time that it has `patience`.
+        """
         found = self._trouble.get(node[0])
         if found is None or (found[0] < _SILENCES and not found[1]):
             return None
@@ -273,7 +285,7 @@ class Nodes:
         if now < until:
             return "it did not answer a moment ago, and is not asked until it is tried again"
         # This call tries it; others go on without it meanwhile.
-        self._trouble[node[0]] = count, now + pause, pause
+        self._trouble[node[0]] = count, now + min(max(pause, patience), _PAUSES[1]), pause
         return None
 
     def silent(self, node: Address) -> bool:

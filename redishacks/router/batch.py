@@ -18,9 +18,10 @@ from typing import Any, cast
 
 from redishacks._command import Command, Steps
 from redishacks.errors import RedisHacksError, UsageError
+from redishacks.router._blocking import waits
 from redishacks.router._coalesce import OTHER, Call
 from redishacks.router._commands import Recorded
-from redishacks.router._core import Core, Said
+from redishacks.router._core import Core, Said, in_order
 from redishacks.router.replies import BatchError, Reply, Results
 from redishacks.router.transaction import Queue
 
@@ -33,6 +34,8 @@ class Batch(Recorded):
         #: A key alone stands for a plain GET: by far the most.
         self._said: list[Said | bytes | Queue | Command[Any]] = []
         self._results = Results()
+        #: Transactions by their places.
+        self._queues: dict[int, Queue] = {}
 
     def execute_command(self, *args: Any, **options: Any) -> Reply:
         """Record a command; raises `UsageError` for what cannot be encoded."""
@@ -50,8 +53,13 @@ class Batch(Recorded):
         if keys:
             raise UsageError("keys cannot be watched in a batch: use router.transaction(…)")
         queue = Queue(self._core)
-        yield queue
+        try:
+            yield queue
+        except BaseException:
+            queue.forget()
+            raise
         if len(queue):
+            self._queues[len(self._said)] = queue
             self._said.append(queue)
 
     def get(self, name: Any) -> Reply:
@@ -90,17 +98,29 @@ class Batch(Recorded):
                         calls[place] = Call(OTHER, (yield from one.as_command()))
                     else:
                         said_so = core.say(("GET", one), {}) if isinstance(one, bytes) else one
+                        _check(said_so)
                         calls[place] = yield from core.call(said_so)
                 except RedisHacksError as error:
                     results.errors[place] = error
+            in_order(calls)
             yield from core.settle(calls, results)
-            for place, one in enumerate(said):
-                if isinstance(one, Queue) and place in results.errors:
-                    one.fail(results.errors[place])
         finally:
             results.end()
-        if raises and results.errors:
-            raise BatchError([Reply.of(results, place) for place in range(len(said))])
+            for place, queue in self._queues.items():
+                if place in results.errors:
+                    queue.fail(results.errors[place])
+        if raises and (results.errors or any(queue.failed for queue in self._queues.values())):
+            raise BatchError(
+                [
+                    reply
+                    for place in range(len(said))
+                    for reply in (
+                        self._queues[place].replies
+                        if place in self._queues
+                        else [Reply.of(results, place)]
+                    )
+                ]
+            )
 
     def _node(self, place: int, calls: Mapping[int, Call]) -> str:
         one = self._said[place]
@@ -112,6 +132,14 @@ class Batch(Recorded):
         """Send nothing."""
         self._results.begin(len(self._said))
         self._results.abandon()
+        for queue in self._queues.values():
+            queue.forget()
 
     def __len__(self) -> int:
         return len(self._said)
+
+
+def _check(said: Said) -> None:
+    if waits(said[0]):
+        name = said[0][0].decode(errors="replace")
+        raise UsageError(f"{name} waits, and all of a batch would wait with it: say it alone")

@@ -118,6 +118,16 @@ class Layout:
         keys = (self._mover,)
         return _whole(Command(args, keys, _claimed, script("router_mover"), True, node=address))
 
+    def mover(self, address: Address) -> Command[str | None]:
+        """Return the token of who moves keys, as far as a node knows."""
+        words = "GET", self._mover
+        return Command(words, (self._mover,), _text, repeatable=True, node=address)
+
+    def present(self, address: Address, key: bytes, *, aside: bool = False) -> Command[bool]:
+        """Return whether a node has a key, or has set it aside."""
+        key = self._aside(key) if aside else key
+        return Command(("EXISTS", key), (key,), bool, repeatable=True, node=address)
+
     def begin(self, address: Address, since: int, token: str) -> Command[bool]:
         """Let a node give and take keys in a move; False when somebody else is the mover."""
         keys = self._mover, self._given(since), self._taken(since)
@@ -238,6 +248,10 @@ def _whole(command: Command[Any]) -> Command[Any]:
 
 def _claimed(reply: list[Any]) -> tuple[str, float] | None:
     return None if reply[0] else (reply[1].decode(), max(0, reply[2]) / 1000)
+
+
+def _text(reply: bytes | None) -> str | None:
+    return None if reply is None else reply.decode(errors="replace")
 
 
 def _clients(reply: bytes) -> list[Client]:

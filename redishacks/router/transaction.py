@@ -21,7 +21,8 @@ from typing import Any
 
 from hiredis import ReplyError
 
-from redishacks._command import Command, Outcome, Steps, ask, call
+from redishacks._clock import clock
+from redishacks._command import Command, Outcome, Sleep, Steps, ask, call
 from redishacks._drive import drive, drive_async
 from redishacks._transport import Overtaken, Words, pack_words
 from redishacks.errors import RedisHacksError, ServerError, UsageError
@@ -31,6 +32,8 @@ from redishacks.router._dialect import value_of
 from redishacks.router.replies import BatchError, Reply, Results
 
 _MULTI, _EXEC = (b"MULTI",), (b"EXEC",)
+#: Seconds before a conversation is begun anew where keys are moving.
+PAUSE = 0.01
 
 
 class WatchError(RedisHacksError):
@@ -47,8 +50,7 @@ class _Queue:
 
     def execute_command(self, *args: Any, **options: Any) -> Any:
         """Record a command; raises `UsageError` for what cannot be encoded."""
-        if self._results.settled:
-            raise UsageError("this transaction has ended: begin another one")
+        self._check_open()
         reply = Reply.of(self._results, len(self._said))
         self._said.append(self._core.say(args, options))
         return reply
@@ -70,6 +72,7 @@ class _Queue:
         data = b"".join(map(pack_words, self.words()))
         count = len(self._said) + 2
         unique = tuple(dict.fromkeys(keys))
+        self._results.locate(lambda place: self._core.routes.where(unique))
         return Command(("EXEC",), unique, self.hear, packed=data, replies=count)
 
     def hear(self, replies: Sequence[Any]) -> None:
@@ -88,6 +91,22 @@ class _Queue:
                 results.settle(place, Outcome(parse(reply)))
         results.end()
 
+    @property
+    def replies(self) -> list[Reply]:
+        """The replies of all commands."""
+        return [Reply.of(self._results, place) for place in range(len(self._said))]
+
+    @property
+    def failed(self) -> bool:
+        """Whether any of them has ended with an error."""
+        return bool(self._results.errors)
+
+    def forget(self) -> None:
+        """Let nothing be pending: what was not settled was not sent."""
+        if not self._results.settled:
+            self._results.begin(len(self._said))
+            self._results.abandon()
+
     def fail(self, error: Exception) -> None:
         """Let all have ended with an error."""
         self._results.begin(len(self._said))
@@ -97,8 +116,12 @@ class _Queue:
 
     def check(self) -> None:
         """Raise `BatchError` when some failed."""
-        if self._results.errors:
-            raise BatchError([Reply.of(self._results, at) for at in range(len(self._said))])
+        if self.failed:
+            raise BatchError(self.replies)
+
+    def _check_open(self) -> None:
+        if self._results.settled:
+            raise UsageError("this transaction has ended: begin another one")
 
 
 class Queue(_Queue, Recorded):
@@ -128,28 +151,45 @@ class _Transaction(_Queue, Mixed):
         """Say what was recorded; raises `WatchError` and `BatchError`."""
         if not len(self):
             return
-        command = yield from self.as_command()
-        if self._conversation is None:
-            yield from ask(command)
-        else:
-            self._core.together((*self._watched, *command.keys))
-            replies = yield from call(self._conversation.ask, self.words(), self._deadline)
-            self._done = True
-            self.hear(replies)
+        try:
+            command = yield from self.as_command()
+            if self._conversation is None:
+                yield from ask(command)
+            else:
+                yield from self._here(command.keys)
+                replies = yield from call(self._conversation.ask, self.words(), self._deadline)
+                self._done = True
+                self.hear(replies)
+        except Exception as error:
+            self.fail(error)
+            raise
+        except BaseException:
+            self._results.begin(len(self))
+            self._results.end()
+            raise
         self.check()
 
     def leave(self) -> None:
         """Give the connection back, or end it: else it would go on watching."""
+        self.forget()
         if self._conversation is not None:
             self._conversation.close(keep=self._done)
 
     def _now(self, args: Sequence[Any], options: Mapping[str, Any]) -> Steps[Any]:
         """Say a command at once, which must be for the node of what is watched."""
+        self._check_open()
         said = self._core.say(args, options)
         command = yield from self._core.command(said)
-        self._core.together((*self._watched, *command.keys))
+        yield from self._here(command.keys)
         (reply,) = yield from call(self._conversation.ask, [said[0]], self._deadline)
         return value_of(reply, said[1])
+
+    def _here(self, keys: Sequence[bytes]) -> Steps[None]:
+        """See that keys are on the node of what is watched; raises `CrossNodeError`."""
+        self._core.together((*self._watched, *keys))
+        if not self._conversation.settled:
+            # Keys that are not watched may still be on the node that they are moving away from.
+            yield from ask(Command(("EXISTS", *keys), tuple(keys), repeatable=True))
 
 
 class Transaction(_Transaction):
@@ -178,6 +218,7 @@ def watch(core: Core, keys: Sequence[bytes], deadline: float) -> Steps[Any]:
     """Return a connection that watches keys; None when there are none."""
     if not keys:
         return None
+    end = clock() + deadline
     while True:
         talk = yield from call(core.transport.converse, keys, deadline)
         try:
@@ -186,6 +227,9 @@ def watch(core: Core, keys: Sequence[bytes], deadline: float) -> Steps[Any]:
             return talk
         except Overtaken:
             talk.close(keep=False)
+            if clock() >= end:
+                raise
+            yield Sleep(PAUSE)  # a slot of a cluster that moves says so until it has moved
         except BaseException:
             talk.close(keep=False)
             raise
