@@ -501,7 +501,7 @@ def followed_by_one_that_is_killed(place: Place, at: int, directory: Path) -> bo
     for key, value in values.items():
         assert router.get(key) == (value + "+" * (key in names)).encode(), key
     settled(place)
-    return died
+    return bool(died)
 
 
 @pytest.mark.parametrize("at", [9, 11, 12])
@@ -890,7 +890,7 @@ def test_who_has_a_copy_of_what_a_restarted_node_lost_cannot_bring_it_back(place
     taker.connect()
     view = taker.redishacks_transport.routes.view
     words = layout.take(("d", -2), given.gifts, since)
-    errors = []
+    errors: list[Any] = []
 
     def on_progress(progress: Progress) -> None:
         if not errors:
