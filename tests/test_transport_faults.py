@@ -628,4 +628,4 @@ def test_a_server_that_speaks_no_resp(colour: Colour) -> None:
 
 def test_looking_costs_nothing_while_in_use() -> None:
     """The times after which a connection is looked at, pinged and closed are as documented."""
-    assert (_socket.LOOK_AFTER, _socket.PING_AFTER, _sync.CLOSE_AFTER) == (0.005, 30.0, 60.0)
+    assert (_socket.LOOK_AFTER, _socket.PING_AFTER, _socket.CLOSE_AFTER) == (0.005, 30.0, 60.0)
