@@ -44,6 +44,7 @@ class Scan:
         node = routes.every().get(name)
         if node is None:  # it was taken out meanwhile
             del self._nodes[0]
+            self._cursor = b"0"
             return []
         command: Command[Any] = Command(
             (b"SCAN", self._cursor, *self._words), (), repeatable=True, node=node
