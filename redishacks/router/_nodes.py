@@ -321,18 +321,20 @@ class Nodes:
 
     # What is stored
 
-    def refresh(self) -> Steps[None]:
+    def refresh(self, without: str = "") -> Steps[None]:
         """Learn the newest topology; the first client of nodes that nobody has used makes it.
 
         One round trip. A node that has lost it is told again, once all others say what is newest.
+        `without` names one that is not to be waited for.
         """
         hint, self._hint = self._hint, None
         names = self.names
-        found = yield from self._read([hint] if hint else names)
+        asked = [name for name in names if name != without]
+        found = yield from self._read([hint] if hint in asked else asked)
         newest = self._newest(found)
         if newest is None or (self.view is not None and newest.version <= self.view.version):
             if hint:
-                found = yield from self._read(names)
+                found = yield from self._read(asked)
                 newest = self._newest(found)
             missing = [name for name in names if name not in found]
             newest = yield from self._mend(found, newest, missing)
