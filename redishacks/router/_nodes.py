@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import random
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar
@@ -234,6 +235,10 @@ class Nodes:
     def visible(self, keys: list[bytes]) -> list[bytes]:
         """Return keys of a node as its users know them: without those that are the router's own."""
         return self.layout.visible(keys)
+
+    def aside(self, pattern: bytes) -> bytes:
+        """Return what the names match while keys move that a pattern is for."""
+        return re.sub(rb"([\\*?\[\]])", rb"\\\1", self.layout.aside_prefix) + pattern
 
     def where(self, keys: Sequence[bytes]) -> str:
         """Name the node for these keys; empty when it could be any."""
