@@ -175,12 +175,13 @@ def test_what_is_for_no_node(backend: Backend, prefix: str) -> None:
     """A command without a key is refused, alone and in a batch, and nothing is done."""
     router = backend.router()
     router.set(prefix, 1)
-    for call in (
+    calls: tuple[Callable[[Any], Any], ...] = (
         lambda r: r.dbsize(), lambda r: r.flushdb(), lambda r: r.flushall(), lambda r: r.keys("*"),
         lambda r: r.info(), lambda r: r.scan(), lambda r: r.config_set("maxmemory", 0),
         lambda r: r.randomkey(), lambda r: r.execute_command("SHUTDOWN"),
         lambda r: r.publish("x", "y"), lambda r: r.wait(0, 0), lambda r: r.script_flush(),
-    ):  # fmt: skip
+    )  # fmt: skip
+    for call in calls:
         with pytest.raises(UsageError, match="no key says"):
             call(router)
         with router.map(on_error="return") as m:
@@ -271,7 +272,8 @@ def test_scanning_while_keys_move(colour: Routers, three: Place, prefix: str, ru
                 m.set(key, 1)
         for run in range(runs):
             plan = mover.plan(["a", "b"] if run % 2 else ["a", "b", "c"])
-            begun, failed = threading.Event(), []
+            begun = threading.Event()
+            failed: list[Exception] = []
 
             def told(progress: Any, begun: Any = begun) -> None:
                 begun.set()
@@ -470,7 +472,8 @@ def test_ejecting_from_a_cluster(colour: Routers, place: Place) -> None:
     if place.cluster is None:
         return
     router = Backend(place, colour).router()
-    for call in (lambda: router.eject("x"), lambda: router.plan(["x"])):
+    calls: list[Callable[[], Any]] = [lambda: router.eject("x"), lambda: router.plan(["x"])]
+    for call in calls:
         with pytest.raises(UsageError, match="cluster"):
             call()
 
