@@ -1,21 +1,22 @@
-"""What would hurt a counter: looked up, judged and explained.
+"""What would hurt a counter or a router: looked up, judged and explained.
 
-    for finding in examine(job):
+    for finding in examine(job):                     # or examine_router(router)
         print(finding.level, finding.what, finding.why, finding.do)
 
 It only reads: Redis' INFO, two settings, the state of the counter and whether there are time series
-beside it, and in SQL what a flush would look at before it claims. The judgements are functions of
-what was read, without I/O. The command line's `redishacks doctor` prints them.
+beside it, and in SQL what a flush would look at before it claims; of a router's nodes also what
+they have stored of it, and what our user may say. The judgements are functions of what was read,
+without I/O. The command line's `redishacks doctor` prints them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from enum import StrEnum
-from typing import Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from redishacks._command import Command
-from redishacks._drive import drive
+from redishacks._drive import Transport, drive
 from redishacks.counters import FlushJob
 from redishacks.counters.commands import State
 from redishacks.errors import (
@@ -25,6 +26,10 @@ from redishacks.errors import (
     UnavailableError,
     UsageError,
 )
+
+if TYPE_CHECKING:
+    from redishacks.router import Router
+    from redishacks.router.health import State as Nodes
 
 #: Seconds after which unflushed hits mean that nobody flushes; cron's pause is a minute.
 LATE = 600.0
@@ -37,6 +42,12 @@ _PAGES = 10
 #: Fields of a TopSeries' bucket at most: 200 members, one more before they are cut, and their sum.
 _TOP_FIELDS = 202
 
+
+#: By how much the fullest node may have more keys than its share, and from how many keys on that is
+#: no chance.
+_SKEW, _ENOUGH = 1.5, 1_000
+#: Seconds that an exchange with a router's nodes may take.
+_DEADLINE = 2.0
 
 T = TypeVar("T")
 
@@ -427,5 +438,187 @@ def judge_dead(count: int) -> list[Finding]:
             f"{count:,} amounts were refused by the database and wait for you",
             "they are missing in the table",
             "`redishacks dead` lists them with the reasons; `--retry` applies them again",
+        )
+    ]
+
+
+# Routers
+
+
+def examine_router(router: Router) -> list[Finding]:
+    """Check a router's nodes, and whether they agree.
+
+    A check that cannot be made is a finding too (`Level.UNKNOWN`); errors are not raised.
+    """
+    from redishacks.router.health import observer
+
+    try:
+        if router.redishacks_transport.sharded:
+            balance = router.balance()
+            away = [_not_seen(f"node {n.name}", n.error) for n in balance.nodes if n.error]
+            return away + judge_skew(balance.skew, sum(node.keys for node in balance.nodes))
+        transport = observer(router._nodes())
+        try:
+            return _nodes(router, transport)
+        finally:
+            transport.close()
+    except RedisHacksError as error:
+        return [_not_seen("nodes", error)]
+
+
+def _nodes(router: Router, transport: Transport) -> list[Finding]:
+    from redishacks.router.health import forbidden, look
+
+    nodes = router._nodes()
+    state = drive(look(nodes), transport, _DEADLINE)
+    findings = [
+        _not_seen(f"node {node.name}", node.error)
+        for node in state.nodes
+        if node.error is not None and node.name in nodes.names
+    ]
+    findings += judge_topology(state)
+    alive = [node for node in state.nodes if node.error is None]
+    infos = {node.name: node.info for node in alive}
+    saves = {name: _saves(transport, nodes.open(name)) for name in infos}
+    findings += _merged({name: _version(info) for name, info in infos.items()})
+    findings += judge_versions(infos)
+    findings += _merged({name: judge_node_eviction(info) for name, info in infos.items()})
+    findings += _merged(
+        {name: judge_node_persistence(info, saves[name]) for name, info in infos.items()}
+    )
+    findings += _merged(
+        {name: judge_rights(drive(forbidden(nodes, name), transport, _DEADLINE)) for name in infos}
+    )
+    keys = sum(node.keys for node in state.balance.nodes)
+    return findings + judge_skew(state.balance.skew, keys)
+
+
+def _saves(transport: Transport, node: tuple[str, int]) -> str | None:
+    command = Command(("CONFIG", "GET", "save"), (), _setting, repeatable=True, node=node)
+    try:
+        return transport.call(command, _DEADLINE)
+    except ServerError:
+        return None
+
+
+def _merged(found: Mapping[str, Finding]) -> list[Finding]:
+    """Say once what is the same of several nodes."""
+    names: dict[Finding, list[str]] = {}
+    for name, finding in found.items():
+        names.setdefault(finding, []).append(name)
+    return [
+        finding._replace(what=f"node{'s' * (len(some) > 1)} {', '.join(some)}: {finding.what}")
+        for finding, some in names.items()
+    ]
+
+
+def judge_topology(state: Nodes) -> list[Finding]:
+    """Judge whether a router's nodes agree on who has which keys, and whether keys are moving."""
+    from redishacks.router.health import moving
+
+    check = "topology"
+    found = [
+        Finding(
+            check,
+            Level.WRONG,
+            what,
+            "clients refuse, or wait for, nodes that do not say the same",
+            "see `redishacks nodes status`",
+        )
+        for what in state.wrong
+    ]
+    if found or state.topology is None:
+        return found
+    what = f"version {state.topology.version}, {moving(state.topology)}"
+    if not state.mover:
+        return [Finding(check, Level.FINE, what)]
+    return [
+        Finding(
+            check,
+            Level.WARNING,
+            what,
+            "each key that is asked for is moved first, which takes two more round trips",
+            "wait for `redishacks reshard` to come to its end",
+        )
+    ]
+
+
+def judge_versions(infos: Mapping[str, Mapping[str, str]]) -> list[Finding]:
+    """Judge whether all nodes are of one version."""
+    versions = {name: _version(info).what.removesuffix(" is older than 6.2")
+                for name, info in infos.items()}  # fmt: skip
+    if len(set(versions.values())) <= 1:
+        return [Finding("versions", Level.FINE, "all nodes have the same")]
+    return [
+        Finding(
+            "versions",
+            Level.WARNING,
+            ", ".join(f"node {name} is {version}" for name, version in versions.items()),
+            "what a newer server writes out an older one cannot read: keys then move only one way, "
+            "and not back",
+            "bring all nodes to the newest of these",
+        )
+    ]
+
+
+def judge_node_eviction(info: Mapping[str, str]) -> Finding:
+    """Judge whether a router's node may drop what it knows of the router."""
+    policy = info.get("maxmemory_policy", "noeviction")
+    if not policy.startswith("allkeys-"):
+        return Finding("eviction", Level.FINE, f"{policy} drops no stamp")
+    limited = info.get("maxmemory", "0") != "0"
+    return Finding(
+        "eviction",
+        Level.WRONG if limited else Level.WARNING,
+        f"maxmemory-policy is {policy}, {'with a' if limited else 'as yet without a'} memory limit",
+        "when memory is short, Redis drops also the stamp by which the node knows what it is, and "
+        "the node serves nothing until it was told again",
+        "CONFIG SET maxmemory-policy volatile-lru, which spares keys without a TTL, or noeviction",
+    )
+
+
+def judge_node_persistence(info: Mapping[str, str], save: str | None) -> Finding:
+    """Judge whether a router's node comes back with its keys."""
+    found = _persistence(info, save)
+    if found.level is Level.FINE:
+        return found
+    failing = "failed" in found.what
+    return found._replace(
+        level=Level.WRONG if failing else Level.WARNING,
+        why="a node that is restarted comes back empty: its keys are lost",
+        do=found.do if failing else f"{found.do}; for a cache it may be what you want",
+    )
+
+
+def judge_rights(forbidden: Sequence[str]) -> Finding:
+    """Judge whether our user may say what moving keys takes."""
+    if not forbidden:
+        return Finding("rights", Level.FINE, "our user may see and end connections")
+    rights = " ".join(f"+{words.lower().replace(' ', '|')}" for words in forbidden)
+    return Finding(
+        "rights",
+        Level.WRONG,
+        f"our user may not say {', '.join(forbidden)}",
+        "whoever moves keys must see and end the connections that go by what was before: "
+        "`reshard` and `eject` fail without",
+        f"ACL SETUSER … {rights}",
+    )
+
+
+def judge_skew(skew: float, keys: int) -> list[Finding]:
+    """Judge how evenly the keys are spread."""
+    check = "skew"
+    if keys < _ENOUGH:
+        return [Finding(check, Level.FINE, f"{keys:,} keys are too few to tell")]
+    what = f"the fullest node has {skew:.2f} times its share of the keys"
+    if skew <= _SKEW:
+        return [Finding(check, Level.FINE, what)]
+    return [
+        Finding(
+            check,
+            Level.WARNING,
+            what,
+            "it is full, and busy, before the others are; often one hash tag has many keys",
+            "see `redishacks nodes status`; spread the keys over more tags, or change the weights",
         )
     ]

@@ -13,18 +13,20 @@ import functools
 import os
 import random
 import signal
+import sys
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
 from redishacks import _drive
 from redishacks._command import Ask, Command
-from redishacks._transport import _async_link, _decide, _link
+from redishacks._transport import _async_link, _link
 from redishacks._transport._decide import Opening, Talk
 from redishacks.errors import MaybeAppliedError, UnavailableError
 from redishacks.router import AsyncRouter, Router, _move
 from redishacks.router.commands import Layout
 from redishacks.router.reshard import Plan
+from redishacks.router.transaction import WatchError
 
 Urls = Mapping[str, Any]
 
@@ -46,6 +48,9 @@ class Ledger:
         self.counts: dict[str, list[int]] = {}
         #: By key: what was put there, what perhaps, and what was not.
         self.tokens: dict[str, tuple[list[str], list[str], list[str]]] = {}
+        #: By key: what was taken out of it, and how often that was perhaps done and not heard.
+        self.popped: dict[str, list[str]] = {}
+        self.unheard: dict[str, int] = {}
         #: What keys of its own may hold; None for nothing.
         self.own: dict[str, set[str | None]] = {}
         #: Between which times a key of its own ends.
@@ -89,6 +94,14 @@ class Blocking:
         with self.router.map(on_error="return") as m:
             return record(m)
 
+    async def add_one(self, key: str) -> None:
+        """Count by WATCH."""
+        made: Any = self.router.transaction(key)
+        with made as t:
+            value = int(t.get(key) or 0)
+            t.multi()
+            t.set(key, value + 1)
+
 
 class Tasks:
     """An `AsyncRouter` with the same methods."""
@@ -103,6 +116,14 @@ class Tasks:
         """Say what a function records."""
         async with self.router.map(on_error="return") as m:
             return record(m)
+
+    async def add_one(self, key: str) -> None:
+        """Count by WATCH."""
+        made: Any = self.router.transaction(key)
+        async with made as t:
+            value = int(await t.get(key) or 0)
+            t.multi()
+            t.set(key, value + 1)
 
 
 FACES: Mapping[str, Callable[..., Any]] = {"sync": Blocking, "async": Tasks}
@@ -137,7 +158,7 @@ class Client:
         """Say one thing after the other until told to stop."""
         kinds = [
             self._count, self._push, self._own, self._own, self._pair, self._batch,
-            self._fleeting, self._lasting,
+            self._fleeting, self._lasting, self._pop, self._watch,
         ]  # fmt: skip
         while not stop():
             await self._rng.choice(kinds)()
@@ -154,15 +175,17 @@ class Client:
     async def _push(self) -> None:
         face, at = self._face, self._rng.randrange(SHARED)
         token = self._token()
-        key, said = self._rng.choice(
-            [
-                (f"l{at}", lambda: face.lpush(f"l{at}", token)),
-                (f"s{at}", lambda: face.sadd(f"s{at}", token)),
-                (f"z{at}", lambda: face.zadd(f"z{at}", {token: self._serial})),
-                (f"x{at}", lambda: face.xadd(f"x{at}", {"t": token})),
-            ]
-        )
-        how, _ = await _try(self.ledger, said())
+        kind = self._rng.choice("lszx")
+        key = f"{kind}{at}"
+        if kind == "l":
+            said = face.lpush(key, token)
+        elif kind == "s":
+            said = face.sadd(key, token)
+        elif kind == "z":
+            said = face.zadd(key, {token: self._serial})
+        else:
+            said = face.xadd(key, {"t": token})
+        how, _ = await _try(self.ledger, said)
         self.ledger.token(key, token, how)
 
     async def _pair(self) -> None:
@@ -171,6 +194,29 @@ class Client:
         how, _ = await _try(self.ledger, said)
         for each in "ab":
             self.ledger.count(f"{tag}:{each}", how)
+
+    async def _pop(self) -> None:
+        """Put something in a queue, and wait for something from it, perhaps in vain."""
+        face, key = self._face, f"q{self._rng.randrange(SHARED)}"
+        if self._rng.random() < 0.6:
+            token = self._token()
+            how, _ = await _try(self.ledger, face.rpush(key, token))
+            self.ledger.token(key, token, how)
+            return
+        how, found = await _try(self.ledger, face.blpop([key], timeout=0.01))
+        if how is None:
+            self.ledger.unheard[key] = self.ledger.unheard.get(key, 0) + 1
+        elif found is not None:
+            self.ledger.popped.setdefault(key, []).append(found[1].decode())
+
+    async def _watch(self) -> None:
+        """Count by reading and writing, which is done only if nobody else did meanwhile."""
+        key = f"w{self._rng.randrange(SHARED)}"
+        try:
+            how, _ = await _try(self.ledger, self._face.add_one(key))
+        except WatchError:
+            return
+        self.ledger.count(key, how)
 
     async def _own(self) -> None:
         key = self._key("o")
@@ -377,7 +423,8 @@ def say(urls: Urls, flavour: str, step: str, key: str, pipe: Any) -> None:
             await face.connect()
         else:
             if step in LONG_WAY:
-                _decide.COURTESY = -1.0
+                decide: Any = sys.modules[Talk.__module__]
+                decide.COURTESY = -1.0
             await face.get(key)
         pipe.send("ready")
         pipe.recv()

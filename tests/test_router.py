@@ -383,6 +383,40 @@ def test_scripts_run_where_their_keys_are(backend: Backend, prefix: str) -> None
     assert counts == dict.fromkeys(backend.servers, 2)
 
 
+@pytest.mark.parametrize("decode", [False, True])
+def test_registered_scripts(backend: Backend, valkey: Server, prefix: str, decode: bool) -> None:
+    """A registered script is as redis-py's, on nodes that know it and on those that do not."""
+    router = backend.router(decode_responses=decode)
+    keys = backend.keys(prefix)
+    source = "return {redis.call('INCRBY', KEYS[1], ARGV[1]), ARGV[2], KEYS[2], false}"
+    script = router.register_script(source)
+    with valkey.client(decode_responses=decode) as plain:
+        theirs = plain.register_script(source)
+        assert script.sha == theirs.sha
+        for _ in range(2):
+            for key in keys:
+                args = [f"{{{key}}}n", f"{{{key}}}other"], [5, "é"]
+                assert backend.colour.run(script(*args)) == theirs(*args)
+            for server in backend.servers.values():
+                with server.client() as admin:
+                    admin.script_flush()
+        with router.map(on_error="return") as m:
+            replies = [
+                script(keys=[f"{{{key}}}n", f"{{{key}}}other"], args=[1, "x"], client=m)
+                for key in keys
+            ]
+            apart = script(keys=keys[:2], args=[1], client=m)
+            wrong = script(keys=[f"{{{keys[0]}}}n", keys[0]], args=["x", 1], client=m)
+        for key, reply in zip(keys, replies, strict=True):
+            assert reply.value == theirs([f"{{{key}}}n", f"{{{key}}}other"], [1, "x"])
+    assert isinstance(apart.error, CrossNodeError)
+    assert isinstance(wrong.error, ServerError)
+    with pytest.raises(CrossNodeError):
+        backend.colour.run(script(keys=keys))
+    with pytest.raises(UsageError, match="without keys"):
+        backend.colour.run(script())
+
+
 # Keys, and why they are where they are
 
 
@@ -875,10 +909,13 @@ def test_a_known_node_is_away(colour: Routers, empty: dict[str, Server], prefix:
         assert eventually(partial(answers, router.incr, c)) == 1
 
 
-def test_a_node_that_was_emptied(colour: Routers, empty: dict[str, Server], prefix: str) -> None:
+def test_a_node_that_was_emptied(
+    colour: Routers, empty: dict[str, Server], prefix: str, caplog: pytest.LogCaptureFixture
+) -> None:
     """It is told again by who notices, and serves again; not one call fails meanwhile."""
     router = colour.router(urls(empty, "abc"))
     router.connect()
+    assert caplog.messages == []
     a, b, _ = spread(router, prefix, "abc")
     known = stamps(empty)
     router.mset({a: 1, b: 1})
@@ -888,6 +925,8 @@ def test_a_node_that_was_emptied(colour: Routers, empty: dict[str, Server], pref
     assert fresh.get(a) is None
     assert fresh.get(b) == b"1"
     assert stamps(empty) == known
+    (warned,) = caplog.messages
+    assert "node a had no stamp" in warned
     with empty["a"].client() as admin:
         admin.flushall()
     counts: list[int] = []
@@ -966,6 +1005,33 @@ def test_a_newer_table_is_learned(colour: Routers, empty: dict[str, Server], pre
         with empty[name].client() as client:
             names = {each["name"] for each in client.client_list()}
         assert "rh-2" in names
+
+
+def test_a_node_that_refuses_for_now(
+    colour: Routers, empty: dict[str, Server], prefix: str
+) -> None:
+    """Of what a node refuses and has not done, the error names it; the others go on."""
+    router = colour.router(urls(empty, "abc"), deadline=0.5)
+    router.connect()
+    a, b, _ = spread(router, prefix, "abc")
+    router.mset({a: 1, b: 1})
+    for _ in range(2):
+        assert router.incr(a)
+    with empty["a"].client() as admin:
+        admin.config_set("maxmemory", 1)
+        with pytest.raises(UnavailableError, match=r"SET on a: OOM"):
+            router.set(a, 2)
+        admin.config_set("maxmemory", 0)
+        admin.replicaof("127.0.0.1", "1")
+        try:
+            for _ in range(2):
+                with pytest.raises(UnavailableError, match="READONLY"):
+                    router.set(a, 2)
+                assert router.set(b, 2)
+        finally:
+            admin.replicaof("NO", "ONE")
+        assert eventually(partial(answers, router.set, a, 3))
+        assert admin.get(a) == b"3"
 
 
 def test_two_databases_of_one_server(colour: Routers, empty: dict[str, Server]) -> None:

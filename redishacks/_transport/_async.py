@@ -132,7 +132,7 @@ class Node:
         """Return a connection that nobody else uses; raises `Unreachable` or `Refused`."""
         while self._spare:
             link = self._spare.pop()
-            if link.usable(monotonic()):
+            if link.usable(monotonic()) and link.look():
                 return link
             link.lose(CLOSED)
         self._own = {link for link in self._own if link.open}

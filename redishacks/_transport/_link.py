@@ -179,9 +179,10 @@ class Link:
     def replies(self, count: int, end: float) -> list[Any]:
         """Return the next replies, errors as values; pushes of RESP3 are passed over."""
         found: list[Any] = []
+        gets = self._reader.gets
         try:
             while True:
-                reply = self._reader.gets()
+                reply = gets()
                 if reply is MISSING:
                     self._fill(end)
                 elif type(reply) is not PushNotification:

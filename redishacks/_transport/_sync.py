@@ -338,9 +338,12 @@ class SyncTransport:
                 unsaid(self._routes, node.address, error, end)
                 time.sleep(FIRST_PAUSE)
                 continue
-            if self._routes is None or self._routes.view is view:
+            if not link.alive():  # however lately it was used: what is said waits for long
+                node.drop(link)
+            elif self._routes is None or self._routes.view is view:
                 return Conversation(node, link, Terms(node.address, self._routes, view))
-            node.give(link)
+            else:
+                node.give(link)
 
     @property
     def routes(self) -> Routes | None:

@@ -18,6 +18,8 @@ from redishacks.cli.flush import flush
 from redishacks.cli.limits import limits
 from redishacks.cli.locks import locks
 from redishacks.cli.look import dead, doctor, status
+from redishacks.cli.nodes import nodes
+from redishacks.cli.reshard import reshard
 from redishacks.cli.series import series
 
 __all__ = ["commands"]
@@ -33,5 +35,5 @@ def commands() -> None:
     """Redis tricks that keep a big site up: right under faults, fast."""
 
 
-for command in (demo, flush, status, doctor, dead, limits, locks, series):
+for command in (demo, flush, status, doctor, dead, limits, locks, series, nodes, reshard):
     commands.add_command(command)

@@ -9,7 +9,7 @@ import re
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import click
 
@@ -23,6 +23,8 @@ from redishacks.errors import (
     UnavailableError,
     UsageError,
 )
+
+J = TypeVar("J")
 
 
 class Exit(enum.IntEnum):
@@ -44,7 +46,7 @@ Exit codes:
   2    usage: an option, the TARGET, or a job that does not fit its counter
   75   try later: Redis or the database is away, or refuses our credentials; nothing is lost
   78   the database lacks a table, a column or a grant; the message shows the DDL
-  130  interrupted by Ctrl-C; 143 by SIGTERM (demo; a flush finishes its batch and is done)
+  130  interrupted by Ctrl-C; 143 by SIGTERM (demo, reshard; a flush finishes its batch and is done)
 With several jobs the worst of these counts: 2, 78, 1, 75, 0.
 """
 
@@ -87,7 +89,7 @@ def worst(exits: Iterable[Exit]) -> Exit:
     return max(exits, key=_BY_WEIGHT.index, default=Exit.DONE)
 
 
-def for_each(jobs: Sequence[FlushJob], action: Callable[[FlushJob], Exit], as_json: bool) -> Exit:
+def for_each(jobs: Sequence[J], action: Callable[[J], Exit], as_json: bool) -> Exit:
     """Do the same with every job, whatever becomes of the others; return the worst exit code.
 
     With JSON, an error also takes the place of the object that the action would have printed.
@@ -97,7 +99,7 @@ def for_each(jobs: Sequence[FlushJob], action: Callable[[FlushJob], Exit], as_js
         try:
             exits.append(action(job))
         except RedisHacksError as error:
-            name = job.layout.full_name
+            name = job.layout.full_name if isinstance(job, FlushJob) else "router"
             exits.append(tell(error, name))
             if as_json:
                 reason = {"counter": name, "error": one_line(error), "exit_code": exits[-1]}

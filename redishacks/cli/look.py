@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import click
 from rich.table import Table
 from rich.text import Text
@@ -10,9 +12,10 @@ from redishacks import _keys
 from redishacks._words import many
 from redishacks.cli import show
 from redishacks.cli.ending import EXIT_CODES, Exit, for_each, masked
-from redishacks.cli.target import with_jobs
+from redishacks.cli.routers import title_of
+from redishacks.cli.target import with_jobs, with_jobs_or_routers
 from redishacks.counters import CounterStatus, FlushJob
-from redishacks.doctor import Finding, Level, examine
+from redishacks.doctor import Finding, Level, examine, examine_router
 
 _as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON, one object per line.")
 
@@ -73,26 +76,34 @@ _SIGNS = {
 
 
 @click.command(epilog=EXIT_CODES)
-@with_jobs
+@with_jobs_or_routers
 @_as_json
 @click.pass_context
-def doctor(ctx: click.Context, jobs: list[FlushJob], as_json: bool) -> None:
+def doctor(ctx: click.Context, jobs: list[Any], as_json: bool) -> None:
     """Check what would hurt, and say why and what to do.
 
     Looked at: eviction, persistence and version of Redis, hits and batches that wait for over ten
     minutes, dead letters, tables and grants in SQL, and a client that repeats commands; where there
-    are time series, whether Redis may evict them or keeps them at a waste. Exits with 1 when
-    something is wrong (a warning is not), with 75 when it could not look. Changes nothing.
+    are time series, whether Redis may evict them or keeps them at a waste. Of a router's nodes:
+    eviction, persistence, versions, what our user may say, whether all agree on who has which keys,
+    and how evenly those are spread. Exits with 1 when something is wrong (a warning is not), with
+    75 when it could not look. Changes nothing.
+
+    \b
+        redishacks doctor myapp.redis:router
     """
     out = show.console()
 
-    def look(job: FlushJob) -> Exit:
-        findings = examine(job)
+    def look(job: Any) -> Exit:
+        if isinstance(job, FlushJob):
+            kind, name, findings = "counter", job.layout.full_name, examine(job)
+        else:
+            kind, name, findings = "router", title_of(job), examine_router(job)
         if as_json:
             shown = [{k: masked(v) for k, v in f._asdict().items()} for f in findings]
-            show.print_json({"counter": job.layout.full_name, "findings": shown})
+            show.print_json({kind: name, "findings": shown})
         else:
-            out.print(Text(job.layout.full_name, style="bold"))
+            out.print(Text(name, style="bold"))
             for finding in findings:
                 out.print(_paragraph(finding))
         levels = {finding.level for finding in findings}

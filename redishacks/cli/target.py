@@ -46,9 +46,26 @@ _FLAGS = [
 ]  # fmt: skip
 
 
-def with_jobs(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Give a command TARGET and the flags; it is called with the list of jobs and the TARGET."""
+_OR_ROUTERS = """\
+TARGET is module:attribute, a FlushJob, a Router or AsyncRouter, or a list of them, importable from
+here. Instead of it the flags --redis, --counter, --sql, --table, --key and --column describe one
+job; a URL is one server; for a cluster use a TARGET.
+"""
 
+
+def with_jobs(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Give a command TARGET and the flags; it is called with the list of jobs."""
+    return _with(command, _from_module, _HELP)
+
+
+def with_jobs_or_routers(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The same for a command that takes routers as well, among the jobs."""
+    return _with(command, lambda target: _from_module(target, routers=True), _OR_ROUTERS)
+
+
+def _with(
+    command: Callable[..., Any], found: Callable[[str], list[Any]], help: str
+) -> Callable[..., Any]:
     @functools.wraps(command)
     @click.pass_context
     def wrapped(ctx: click.Context, /, *, target: str | None, **options: Any) -> Any:
@@ -66,12 +83,12 @@ def with_jobs(command: Callable[..., Any]) -> Callable[..., Any]:
             ]
             if typed:
                 raise click.UsageError("give a TARGET or the flags that describe a job, not both")
-            jobs = _from_module(target)
+            jobs = found(target)
         return command(jobs=jobs, **options)
 
     for option in reversed(_FLAGS):
         wrapped = option(wrapped)
-    wrapped.__doc__ = f"{inspect.cleandoc(command.__doc__ or '')}\n\n{_HELP}"
+    wrapped.__doc__ = f"{inspect.cleandoc(command.__doc__ or '')}\n\n{help}"
     return click.argument("target", required=False)(wrapped)
 
 
@@ -104,23 +121,37 @@ def _from_flags(
     return FlushJob(BufferedCounter(redis_url, counter), sink)
 
 
-def _from_module(target: str) -> list[FlushJob]:
+def found_at(target: str, such_as: str) -> Any:
+    """Return what a TARGET names; raises `UsageError` for what is not there."""
+    if "://" in target:
+        raise UsageError(f"TARGET must be module:attribute, such as {such_as}, and this is a URL")
     module_name, _, attribute = target.partition(":")
     if not module_name or not attribute:
-        raise UsageError(f"TARGET must be module:attribute, such as myapp.counters:jobs: {target}")
+        raise UsageError(f"TARGET must be module:attribute, such as {such_as}: {target}")
     found: Any = _imported(module_name)
     for part in attribute.split("."):
         try:
             found = getattr(found, part)
         except AttributeError:
             raise UsageError(f"TARGET {target}: {module_name} has no {attribute}") from None
+    return found
+
+
+def _from_module(target: str, *, routers: bool = False) -> list[Any]:
+    found = found_at(target, "myapp.counters:jobs")
     jobs = list(found) if isinstance(found, list | tuple) else [found]
-    for job in jobs:
-        if not isinstance(job, FlushJob):
-            raise UsageError(
-                f"TARGET {target} must be a FlushJob or a list of them, and holds a "
-                f"{type(job).__name__}"
-            )
+    for at, job in enumerate(jobs):
+        if isinstance(job, FlushJob):
+            continue
+        if routers and hasattr(job, "redishacks_transport"):
+            from redishacks.cli.routers import as_router
+
+            jobs[at] = as_router(job, f"TARGET {target}")
+            continue
+        kinds = "a FlushJob, a Router" if routers else "a FlushJob"
+        raise UsageError(
+            f"TARGET {target} must be {kinds} or a list of them, and holds a {type(job).__name__}"
+        )
     if not jobs:
         raise UsageError(f"TARGET {target} is an empty list")
     return jobs

@@ -5,10 +5,14 @@
 -- Reply: how many it were
 
 local call = redis.call
-local count = 0
--- One by one: a call takes no more than 8,000 words that were unpacked.
+local count, names = 0, {}
 for i, key in ipairs(ARGV) do
-  count = count + call('UNLINK', KEYS[i + 1])
-  call('SREM', KEYS[1], '=' .. key)
+  names[i] = '=' .. key
+end
+-- A call takes no more than 8,000 words that were unpacked.
+for first = 1, #names, 1000 do
+  local last = math.min(first + 999, #names)
+  count = count + call('UNLINK', unpack(KEYS, first + 1, last + 1))
+  call('SREM', KEYS[1], unpack(names, first, last))
 end
 return count

@@ -16,14 +16,14 @@ if call('SISMEMBER', KEYS[2], '') == 0 then
   return 0
 end
 for i = 3, #KEYS do
-  local key = KEYS[i]
-  if call('SISMEMBER', KEYS[2], '=' .. key) == 0 then
-    local dump, pttl = ARGV[2 * i - 4], tonumber(ARGV[2 * i - 3])
-    if dump ~= '' then
-      -- First: when it fails, the key was not taken.
-      call('RESTORE', key, pttl < 0 and 0 or math.max(pttl, 1), dump, 'REPLACE')
+  local key, dump, pttl = KEYS[i], ARGV[2 * i - 4], tonumber(ARGV[2 * i - 3])
+  local taken = '=' .. key
+  if call('SADD', KEYS[2], taken) == 1 and dump ~= '' then
+    local done = redis.pcall('RESTORE', key, pttl < 0 and 0 or math.max(pttl, 1), dump, 'REPLACE')
+    if done.err then
+      call('SREM', KEYS[2], taken)
+      return done
     end
-    call('SADD', KEYS[2], '=' .. key)
   end
 end
 return 1

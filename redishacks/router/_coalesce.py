@@ -14,13 +14,17 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from redishacks._command import Command, Outcome, as_is
-from redishacks._transport import Address, pack_words
+from redishacks._transport import Address
 from redishacks.errors import ServerError
 
 #: Commands of a batch that may be said together, and those that may not.
 GET, SET, OTHER = "GET", "SET", "other"
 #: Parts of one call, which takes several keys: values in order, none for what is no string; sums.
 MGET, SUMS = "MGET", ("DEL", "UNLINK", "EXISTS", "TOUCH")
+#: What comes before a key in a command, and before one that is read by a GET of its own, by length:
+#: twice as fast as to pack them one by one.
+_HEADS = [b"$%d\r\n" % length for length in range(256)]
+_GETS = [b"*2\r\n$3\r\nGET\r\n" + head for head in _HEADS]
 _READS = GET, MGET, "EXISTS"
 
 
@@ -101,18 +105,26 @@ def command(run: Run) -> Command[Any]:
 
 def gets(keys: Sequence[bytes], node: Address | None = None) -> Command[list[bytes | None] | None]:
     """Return several GETs as one command; its value is None when they must be said singly."""
-    mget = pack_words((b"MGET", *keys))
-    head, _, tail = mget.partition(b"$4\r\nMGET\r\n")
-    data = b"".join((mget, head, b"$6\r\nEXISTS\r\n", tail))
+    count, tail = len(keys) + 1, _packed(keys, _HEADS)
+    data = b"*%d\r\n$4\r\nMGET\r\n%b*%d\r\n$6\r\nEXISTS\r\n%b" % (count, tail, count, tail)
     return Command(("MGET",), tuple(keys), _values, None, True, False, data, node, 2)
 
 
 def each_get(keys: Sequence[bytes]) -> Command[list[Any]]:
     """Return GETs that are said at once, to the node of the first; errors are among the values."""
-    data = b"".join([b"*2\r\n$3\r\nGET\r\n$%d\r\n%b\r\n" % (len(key), key) for key in keys])
+    data = _packed(keys, _GETS)
     return Command(
         ("GET",), (keys[0],), as_is, None, True, packed=data, replies=len(keys), apart=True
     )
+
+
+def _packed(keys: Sequence[bytes], heads: Sequence[bytes]) -> bytes:
+    """Return keys as they are written, each after the head for its length."""
+    try:
+        return b"\r\n".join([heads[len(key)] + key for key in keys]) + b"\r\n"
+    except IndexError:  # longer than most
+        sized = ((heads[0].replace(b"$0", b"$%d" % len(key)), key) for key in keys)
+        return b"".join([b"%b%b\r\n" % pair for pair in sized])
 
 
 def _values(replies: Sequence[Any]) -> list[bytes | None] | None:

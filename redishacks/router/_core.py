@@ -36,7 +36,7 @@ _STATEFUL = frozenset(
     b"SSUBSCRIBE UNSUBSCRIBE PUNSUBSCRIBE SUNSUBSCRIBE ASKING READONLY READWRITE SYNC PSYNC".split()
 )
 _CLIENT = frozenset(b"SETNAME REPLY TRACKING CACHING CAPA NO-EVICT NO-TOUCH".split())
-_COMMAND: Command[KeySpecs] = Command(("COMMAND",), parse=KeySpecs, repeatable=True, bulk=True)
+_COMMAND: Command[Any] = Command(("COMMAND",), repeatable=True, bulk=True)
 
 #: Seconds for learning who has which keys.
 _LEARNING = 1.0
@@ -139,12 +139,22 @@ class Core:
             return Call(SET, Command(words, words[1:2], parse), words[2])
         return Call(OTHER, (yield from self.command(said)))
 
+    def _learn_specs(self) -> Steps[None]:
+        """Ask what is a key in which command."""
+        (outcome,) = yield from ask_all([_COMMAND])
+        if isinstance(outcome.error, UnavailableError) and self.routes.view is not None:
+            (outcome,) = yield from ask_all([_COMMAND])  # of a node that answers
+        reply = outcome.result()
+        if self.specs is None:  # many may have asked at once, and it takes a while to read
+            self.specs = KeySpecs(reply)
+
     def command(self, said: Said) -> Steps[Command[Any]]:
         """Return a call as one command; asks a node which of its words are keys, if it must."""
         words, parse = said
         if self.specs is None:
-            self.specs = yield from ask(_COMMAND)
+            yield from self._learn_specs()
         specs = self.specs
+        assert specs is not None
         keys = specs.keys(words)
         if keys is None:
             question = Command[Any]((b"COMMAND", b"GETKEYS", *words), repeatable=True)
@@ -163,29 +173,31 @@ class Core:
         self, kind: str, words: tuple[bytes, ...], parse: Callable[[Any], Any]
     ) -> Steps[Any]:
         """Say a call for several keys to the nodes that have them."""
-        keys = words[1:]
+        keys, calls = words[1:], dict[int, Call]()
         values: Sequence[bytes] = ()
         if kind is SET:
             keys, values = words[1::2], words[2::2]
             if len(keys) != len(values):
                 raise UsageError("MSET: each key needs a value")
-            calls = [
-                Call(SET, Command((b"SET", key, value), (key,)), value)
-                for key, value in zip(keys, values, strict=True)
-            ]
-        elif kind is MGET:
-            calls = [Call(MGET, Command((kind, key), (key,), _first, None, True)) for key in keys]
-        else:
-            reads = kind == "EXISTS"
-            calls = [Call(kind, Command((kind, key), (key,), int, None, reads)) for key in keys]
         results = Results()
-        results.begin(len(calls))
-        yield from self.settle(dict(enumerate(calls)), results)
+        results.begin(len(keys))
+        if kind is SET:
+            for place, (key, value) in enumerate(zip(keys, values, strict=True)):
+                calls[place] = Call(SET, Command((b"SET", key, value), (key,)), value)
+        elif kind is MGET:
+            for place in (yield from self.settle_gets(keys, results)):
+                key = keys[place]
+                calls[place] = Call(MGET, Command((kind, key), (key,), _first, None, True))
+        else:
+            for place, key in enumerate(keys):
+                reads = kind == "EXISTS"
+                calls[place] = Call(kind, Command((kind, key), (key,), int, None, reads))
+        yield from self.settle(calls, results)
         failed = {id_shown(keys[place]): error for place, error in results.errors.items()}
         if failed:
             doubts = [e for e in results.errors.values() if isinstance(e, MaybeAppliedError)]
             first = next(iter(doubts or results.errors.values()))
-            if len(results.errors) == len(calls) or kind is MGET or kind == "EXISTS":
+            if len(results.errors) == len(keys) or kind is MGET or kind == "EXISTS":
                 raise first
             raise PartlyAppliedError(
                 f"{words[0].decode()}: {len(failed)} of {len(keys)} keys are not surely done; the "
@@ -242,7 +254,11 @@ class Core:
                     values[place] = PENDING
                     left.append(place)
         if self.dialect.decodes:
-            values = [self.dialect.decode(value) for value in values]
+            for place, value in enumerate(values):
+                try:
+                    values[place] = self.dialect.decode(value)
+                except UnicodeDecodeError as problem:
+                    results.errors[place] = problem
         results.values = values
         results.settled = not left
         return left
@@ -354,7 +370,10 @@ class Core:
         else:
             for place, value in zip(run.places, outcome.value or (), strict=True):
                 parse = calls[place].command.parse
-                results.values[place] = parse([value] if run.kind is MGET else value)
+                try:
+                    results.values[place] = parse([value] if run.kind is MGET else value)
+                except Exception as error:
+                    results.errors[place] = error
 
 
 def spelled(command: Command[Any]) -> Command[Any]:

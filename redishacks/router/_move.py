@@ -14,16 +14,18 @@ token is on the node that hears it.
 
 from __future__ import annotations
 
+import itertools
 import secrets
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 from redishacks._clock import clock
 from redishacks._command import Ask, Command, Outcome, Sleep, Steps, ask_all
+from redishacks._slots import at_slots
 from redishacks._transport import Address, Overtaken
 from redishacks.errors import UnavailableError, UsageError
 from redishacks.router._nodes import LOST, Known, Nodes, address
-from redishacks.router.commands import Gift
+from redishacks.router.commands import Gift, Given
 from redishacks.router.placement import Placement, SlotTable
 from redishacks.router.topology import CLOSING, SETTLED, TRANSIT, Topology
 
@@ -33,8 +35,12 @@ T = TypeVar("T")
 _TTL, _RENEW = 10.0, 2.0
 #: Seconds between two looks at the connections that are still to go.
 _LOOK = 0.02
-#: Keys of one script.
-_BATCH = 500
+#: Seconds for whose wait was ended to go by the new version.
+_WAKING = 0.3
+#: Seconds' worth of keys of one script, where there is a rate; how many at most, and bytes after
+#: which it looks at no more of them.
+_MOMENT = 0.1
+_BATCH, _MOST = 500, "8000000"
 _SCAN = 1_000
 #: Scans of a node: one, and another for each client that was killed in the middle of a pull.
 _SCANS = 1_000
@@ -74,11 +80,19 @@ class Move:
         self._said_at = 0.0
         self._seen = self._moved = 0
 
-    def run(self, target: Placement | None, version: int | None = None) -> Steps[Progress]:
+    def run(
+        self,
+        target: Placement | None,
+        version: int | None = None,
+        before: Placement | None = None,
+    ) -> Steps[Progress]:
         """Move all to a placement, or end what another mover began (None).
 
-        With a `version` nothing is begun unless that is what is stored.
+        With a `version`, and what was `before`, nothing is begun unless that is what is stored.
         """
+        for name in target.nodes if target is not None else ():
+            if name not in self._names:
+                raise UsageError(f"node {name} was not given to this router")
         try:
             yield from self._claim()
             yield from self._learn()
@@ -89,6 +103,8 @@ class Move:
                         f"the plan is for version {version} of the topology, which is at "
                         f"{topology.version} by now: make another plan"
                     )
+                if before is not None and before.describe() != topology.placement.describe():
+                    raise UsageError("the plan is for other nodes than these: make another plan")
                 if target is None:
                     yield from self._tidy_up()
                     return Progress(SETTLED, 0, 0)
@@ -182,60 +198,65 @@ class Move:
         """Move every key over, until a scan of all nodes was whole and nothing is aside."""
         for name in old.nodes:
             for _ in range(_SCANS):
-                yield from self._scan(name, old, new)
+                yield from self._carry(name, [], b"0", old, new)
                 since = self._topology().since
                 (aside,) = yield from self._each(self._layout.given, since, among=[name])
                 if aside is None:
-                    raise UnavailableError(LOST)
+                    yield from self._lost()
                 if not aside:
                     break
                 # Somebody was in the middle of it, or was killed there.
-                yield from self._carry(name, aside, new)
+                yield from self._carry(name, aside, None, old, new)
             else:
                 raise UnavailableError(f"node {name}: keys are set aside all the time")
 
-    def _scan(self, name: str, old: Placement, new: Placement) -> Steps[None]:
-        cursor = b"0"
-        began = clock()
-        moved = self._moved
-        while True:
-            (found,) = yield from self._say([self._layout.scan(address(name), cursor, _SCAN)])
-            cursor, keys = found
-            self._seen += len(keys)
-            moving = [
-                key for key in keys if old.node_for(key) == name and new.node_for(key) != name
-            ]
-            for start in range(0, len(moving), _BATCH):
-                yield from self._carry(name, moving[start : start + _BATCH], new)
+    def _carry(
+        self,
+        name: str,
+        waiting: Sequence[bytes],
+        cursor: bytes | None,
+        old: Placement,
+        new: Placement,
+    ) -> Steps[None]:
+        """Move keys of a node: those that are waiting, and what a scan finds from its cursor on.
+
+        In each exchange some are found, those found before are given, those given before are taken,
+        and those whose taking was answered are forgotten: the nodes work at the same time.
+        """
+        layout, since, token = self._layout, self._topology().since, self._token
+        at, leaving = address(name), _leaving(name, old, new)
+        some = _BATCH if self._rate is None else max(1, min(_BATCH, round(self._rate * _MOMENT)))
+        given: list[Gift] = []
+        taken: list[bytes] = []
+        began, before = clock(), self._moved
+        while waiting or given or taken or cursor is not None:
+            asked, waiting = waiting[:some], waiting[some:]
+            scans = [layout.scan(at, cursor, _SCAN)] if cursor is not None and not waiting else []
+            forgets = [layout.forget(at, taken, since)] if taken else []
+            gives = [layout.give(at, asked, since, token, _MOST)] if asked else []
+            takes = [layout.take(node, gifts, since, token) for node, gifts in _sorted(given, new)]
+            replies = iter((yield from self._say([*forgets, *scans, *gives, *takes])))
+            for _ in forgets:
+                next(replies)
+                self._moved += len(taken)
+            for _ in scans:
+                cursor, keys = next(replies)
+                cursor = cursor if cursor != b"0" else None
+                # It has those too that are set aside just now.
+                busy = {*asked, *(gift.key for gift in given)}
+                waiting = [key for key in leaving(keys) if key not in busy]
+                self._seen += len(keys)
+            found = next(replies) if gives else Given([], 0)
+            if found is None or not all(replies):
+                yield from self._lost()
+            waiting = [*asked[found.looked :], *waiting]
+            taken, given = [gift.key for gift in given], found.gifts
             self._tell(TRANSIT)
             yield from self._renew()
             if self._rate:
-                ahead = (self._moved - moved) / self._rate - (clock() - began)
+                ahead = (self._moved - before) / self._rate - (clock() - began)
                 if ahead > 0:
                     yield Sleep(min(ahead, _RENEW))
-            if cursor == b"0":
-                return
-
-    def _carry(self, name: str, keys: Sequence[bytes], new: Placement) -> Steps[None]:
-        """Move some keys of a node: give, take, forget."""
-        layout, since = self._layout, self._topology().since
-        (gifts,) = yield from self._say([layout.give(address(name), keys, since, self._token)])
-        if gifts is None:
-            yield from self._renew(now=True)  # raises, if that is why
-            raise UnavailableError(LOST)
-        groups: dict[Address, list[Gift]] = {}
-        for gift in gifts:
-            groups.setdefault(address(new.node_for(gift.key)), []).append(gift)
-        taken = yield from self._say(
-            [layout.take(node, some, since, self._token) for node, some in groups.items()]
-        )
-        if not all(taken):
-            yield from self._renew(now=True)  # raises, if that is why
-            raise UnavailableError(LOST)
-        if gifts:
-            done = [gift.key for gift in gifts]
-            yield from self._say([layout.forget(address(name), done, since)])
-        self._moved += len(gifts)
 
     # What all movers need
 
@@ -263,6 +284,11 @@ class Move:
                 raise self._overtaken()
             self._said_at = clock()
 
+    def _lost(self) -> Steps[None]:
+        """Raise why a node knows nothing of the move."""
+        yield from self._renew(now=True)  # raises, if somebody else has ended it
+        raise UnavailableError(LOST)
+
     def _publish(
         self,
         state: str,
@@ -274,7 +300,10 @@ class Move:
         before = self._topology()
         version = before.version + 1
         since = version if before.state == CLOSING else before.since
-        topology = Topology(version, before.addresses, placement, state, target, since)
+        topology = Topology(version, {}, placement, state, target, since)
+        # Of nodes that were removed nothing is said any more; of those that were moved, where to.
+        addresses = {name: self._nodes.shown(name) for name in topology.nodes}
+        topology = topology._replace(addresses=addresses)
         for name in sorted(set(tell) | set(topology.nodes)):
             (outcome,) = yield from ask_all(
                 [self._layout.tell(self._nodes.open(name), topology, self._token)]
@@ -289,6 +318,8 @@ class Move:
         version = self._topology().version
         names = self._names
         end = clock() + self._drain
+        #: Those whose wait was ended, and when: they have a moment to learn why.
+        woken: dict[tuple[str, int], float] = {}
         while True:
             lists = yield from self._each(self._layout.clients, among=names)
             old = [
@@ -299,10 +330,16 @@ class Move:
             ]
             if not old:
                 return
-            if clock() >= end:
-                yield from ask_all(
-                    [self._layout.kill(self._nodes.open(name), client) for name, client in old]
-                )
+            now = clock()
+            if now >= end:
+                commands = []
+                for name, client in old:
+                    if client.blocked and (name, client.id) not in woken:
+                        woken[name, client.id] = now
+                        commands.append(self._layout.wake(self._nodes.open(name), client))
+                    elif now - woken.get((name, client.id), 0.0) > _WAKING:
+                        commands.append(self._layout.kill(self._nodes.open(name), client))
+                yield from ask_all(commands)
             yield from self._renew()
             yield Sleep(_LOOK)
 
@@ -335,9 +372,29 @@ class Move:
         commands = [make(self._nodes.open(name), *args, **more) for name in self._names]
         return (yield from ask_all(commands))
 
-    def _say(self, commands: Sequence[Command[T]]) -> Steps[list[T]]:
+    def _say(self, commands: Sequence[Command[Any]]) -> Steps[list[Any]]:
         """Say something to some nodes, as long as what this mover goes by is the newest."""
-        outcomes: list[Outcome[T]] = (yield Ask(commands, self._known)) if commands else []
+        outcomes: list[Outcome[Any]] = yield Ask(commands, self._known)
         if any(isinstance(outcome.error, Overtaken) for outcome in outcomes):
             raise self._overtaken()
         return [outcome.result() for outcome in outcomes]
+
+
+def _leaving(
+    name: str, old: Placement, new: Placement
+) -> Callable[[Sequence[bytes]], Sequence[bytes]]:
+    """Return what picks the keys that are to leave a node."""
+    if isinstance(old, SlotTable) and isinstance(new, SlotTable):
+        leaves = [was == name != will for was, will in zip(old.by_slot, new.by_slot, strict=True)]
+        return lambda keys: list(itertools.compress(keys, at_slots(keys, leaves)))
+    return lambda keys: [
+        key for key in keys if old.node_for(key) == name and new.node_for(key) != name
+    ]
+
+
+def _sorted(gifts: Iterable[Gift], new: Placement) -> Iterable[tuple[Address, list[Gift]]]:
+    """Return gifts by the node that is to take them."""
+    groups: dict[Address, list[Gift]] = {}
+    for gift in gifts:
+        groups.setdefault(address(new.node_for(gift.key)), []).append(gift)
+    return groups.items()

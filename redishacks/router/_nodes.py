@@ -120,7 +120,7 @@ class Known:
         given = yield from _all([layout.give(node, some, since) for node, some in old.items()])
         if None in given:
             raise UnavailableError(LOST)
-        gifts = {gift.key: gift for some in given for gift in some or ()}
+        gifts = {gift.key: gift for some in given if some for gift in some.gifts}
         new = _grouped(gifts, self.serving)
         takes = [
             layout.take(node, [gifts[key] for key in some], since) for node, some in new.items()
@@ -191,6 +191,15 @@ class Nodes:
         #: Who said that there is something newer.
         self._hint: str | None = None
         self._why = "no node was asked yet"
+
+    def twin(self, kind: type[Nodes] | None = None) -> Nodes:
+        """Return the same nodes, of which nothing is known yet: for another transport."""
+        settings = {
+            name: dataclasses.replace(each, greeting=None)
+            for (name, kind), each in self._settings.items()
+            if kind == _OPEN
+        }
+        return (kind or Nodes)(settings, self.wanted, self.layout)
 
     # For the transport
 
@@ -402,7 +411,7 @@ class Nodes:
         self, found: Mapping[str, Stored], newest: Topology | None, missing: Sequence[str]
     ) -> Steps[Topology | None]:
         """Tell nodes what they do not know, if all others were asked."""
-        fresh = newest is None
+        fresh = undecided = newest is None
         if newest is None:
             if missing:
                 raise UnavailableError(
@@ -410,7 +419,7 @@ class Nodes:
                     f"keys: {self._why}"
                 )
             placement = self.wanted.fresh()
-            newest = Topology(1, {name: self._shown(name) for name in found}, placement)
+            newest = Topology(1, {name: self.shown(name) for name in found}, placement)
         behind = [
             name
             for name in sorted(newest.nodes)
@@ -430,16 +439,17 @@ class Nodes:
                 )
             stored = yield from ask(self.layout.tell((name, _OPEN), newest))
             assert stored is not None
-            if fresh:
+            if undecided:
                 # The first node decides between those that begin at the same time.
                 newest = stored[1]
-                fresh = False
+                undecided = False
             self._named(name, stored[0])
             if stored[0].version == newest.version and stored[0].digest != newest.digest:
                 raise self._two(newest.version)
         return newest
 
-    def _shown(self, name: str) -> str:
+    def shown(self, name: str) -> str:
+        """Return where a node is, without credentials."""
         each = self._settings[name, _OPEN]
         host, port = each.address
         place = f"{host}:{port}" if port > 0 else host

@@ -101,7 +101,7 @@ class _Base(Generic[X]):
 
     def slot(self, key: Any) -> int:
         """Return the slot of a key: what `CLUSTER KEYSLOT` says."""
-        return key_slot(self._core.dialect.encode(key))
+        return key_slot(key if type(key) is bytes else self._core.dialect.encode(key))
 
     def node_for(self, key: Any) -> str:
         """Return the name of the node that has a key; over a cluster its host and port."""
@@ -149,7 +149,9 @@ class _Base(Generic[X]):
             take_over=take_over,
             on_progress=on_progress,
         )
-        return move.run(plan.new, plan.version) if plan is not None else move.run(None)
+        if plan is None:
+            return move.run(None)
+        return move.run(plan.new, plan.version, plan.old)
 
 
 class Router(_Base[SyncTransport], CoreCommands):  # type: ignore[misc]
@@ -304,7 +306,7 @@ class Router(_Base[SyncTransport], CoreCommands):  # type: ignore[misc]
         self.close()
 
     def _drive(self, steps: Steps[T], deadline: float) -> T:
-        return drive(steps, _Until(self._transport, deadline))
+        return drive(steps, _Until(self._transport, self._core, deadline))
 
     def _loaded(self) -> None:
         if self._core.routes.view is None:
@@ -435,6 +437,13 @@ class AsyncRouter(_Base[AsyncTransport], AsyncCoreCommands):  # type: ignore[mis
         finally:
             queue.leave()
 
+    def twin(self) -> Router:
+        """Return a `Router` for the same nodes: a tool that is not for asyncio takes it."""
+        routes = self._nodes().twin()
+        router = Router.__new__(Router)
+        router._begin(connect_nodes(routes), self._core.dialect, self._deadline)
+        return router
+
     async def aclose(self) -> None:
         """Close this loop's connections; the next call opens new ones."""
         await self._transport.aclose()
@@ -446,7 +455,7 @@ class AsyncRouter(_Base[AsyncTransport], AsyncCoreCommands):  # type: ignore[mis
         await self.aclose()
 
     async def _drive(self, steps: Steps[T], deadline: float) -> T:
-        return await drive_async(steps, _AsyncUntil(self._transport, deadline))
+        return await drive_async(steps, _AsyncUntil(self._transport, self._core, deadline))
 
     def _loaded(self) -> None:
         if self._core.routes.view is None:
@@ -456,17 +465,21 @@ class AsyncRouter(_Base[AsyncTransport], AsyncCoreCommands):  # type: ignore[mis
 class _Clock:
     """The time of several exchanges."""
 
-    def __init__(self, transport: SyncTransport | AsyncTransport, deadline: float) -> None:
-        self._routes, self._deadline = transport.routes, deadline
+    def __init__(self, core: Core, deadline: float) -> None:
+        self._core, self._deadline = core, deadline
         self._end = monotonic() + deadline
         self._begun = False
-        self._learning = self._routes is not None and self._routes.view is None
+        self._knew = self._known()
+
+    def _known(self) -> tuple[bool, bool]:
+        return self._core.routes.view is not None, self._core.specs is not None
 
     def left(self) -> float:
         """Return how many seconds the next exchange has."""
-        if self._learning and self._routes is not None and self._routes.view is not None:
-            # What went before was learning who has which keys, which has a time of its own.
-            self._learning = self._begun = False
+        if self._knew != (knows := self._known()):
+            # What went before was learning who has which keys, or what is a key; that is done once
+            # in the life of a router, and has a time of its own.
+            self._knew, self._begun = knows, False
             self._end = monotonic() + self._deadline
         if self._begun:
             # For nodes that did answer, after one that took all the time there was.
@@ -478,8 +491,8 @@ class _Clock:
 class _Until:
     """Several exchanges that end at one time."""
 
-    def __init__(self, transport: SyncTransport, deadline: float) -> None:
-        self._transport, self._clock = transport, _Clock(transport, deadline)
+    def __init__(self, transport: SyncTransport, core: Core, deadline: float) -> None:
+        self._transport, self._clock = transport, _Clock(core, deadline)
 
     def call(self, command: Command[T], deadline: float) -> T:
         """Say one command in what is left of the time."""
@@ -495,8 +508,8 @@ class _Until:
 class _AsyncUntil:
     """The same for asyncio."""
 
-    def __init__(self, transport: AsyncTransport, deadline: float) -> None:
-        self._transport, self._clock = transport, _Clock(transport, deadline)
+    def __init__(self, transport: AsyncTransport, core: Core, deadline: float) -> None:
+        self._transport, self._clock = transport, _Clock(core, deadline)
 
     async def call(self, command: Command[T], deadline: float) -> T:
         """Say one command in what is left of the time."""

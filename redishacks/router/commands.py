@@ -38,6 +38,13 @@ class Gift(NamedTuple):
     pttl: int
 
 
+class Given(NamedTuple):
+    """What a node had of several keys, and how many of them it has looked at."""
+
+    gifts: list[Gift]
+    looked: int
+
+
 class Layout:
     """Keys and commands of one router."""
 
@@ -111,6 +118,16 @@ class Layout:
         keys = (self._mover,)
         return _whole(Command(args, keys, _claimed, script("router_mover"), True, node=address))
 
+    def mover(self, address: Address) -> Command[str | None]:
+        """Return the token of who moves keys, as far as a node knows."""
+        words = "GET", self._mover
+        return Command(words, (self._mover,), _text, repeatable=True, node=address)
+
+    def present(self, address: Address, key: bytes, *, aside: bool = False) -> Command[bool]:
+        """Return whether a node has a key, or has set it aside."""
+        key = self._aside(key) if aside else key
+        return Command(("EXISTS", key), (key,), bool, repeatable=True, node=address)
+
     def begin(self, address: Address, since: int, token: str) -> Command[bool]:
         """Let a node give and take keys in a move; False when somebody else is the mover."""
         keys = self._mover, self._given(since), self._taken(since)
@@ -135,23 +152,25 @@ class Layout:
         return Command(("UNLINK", *keys), keys, repeatable=True, node=address)
 
     def give(
-        self, address: Address, keys: Sequence[bytes], since: int, token: str = ""
-    ) -> Command[list[Gift] | None]:
-        """Set keys aside on a node that had them; says what they hold, and nothing of none.
+        self, address: Address, keys: Sequence[bytes], since: int, token: str = "", most: str = ""
+    ) -> Command[Given | None]:
+        """Set keys aside on a node that had them, up to `most` bytes; says what they hold.
 
         None when the node has lost what it knew of the move; or when it was said with the token of
         a mover, and that is another one by now.
         """
         pairs = itertools.chain.from_iterable((key, self._aside(key)) for key in keys)
 
-        def parse(reply: list[Any]) -> list[Gift] | None:
+        def parse(reply: list[Any]) -> Given | None:
             if not reply:
                 return None
-            three = zip(keys, reply[::2], reply[1::2], strict=True)
-            return [Gift(key, dump, pttl) for key, dump, pttl in three if dump is not None]
+            count = len(reply) // 2
+            three = zip(keys[:count], reply[::2], reply[1::2], strict=True)
+            gifts = [Gift(key, dump, pttl) for key, dump, pttl in three if dump is not None]
+            return Given(gifts, count)
 
         command = Command[Any](
-            (token,),
+            (token, most),
             (self._mover, self._given(since), *pairs),
             parse,
             script("router_give"),
@@ -192,10 +211,14 @@ class Layout:
         """List the connections of a node that go by some version."""
         return Command(("CLIENT", "LIST"), (), _clients, repeatable=True, node=address)
 
+    def wake(self, address: Address, client: Client) -> Command[Any]:
+        """End what a connection waits for, as if its time were over."""
+        return Command(("CLIENT", "UNBLOCK", str(client.id)), (), repeatable=True, node=address)
+
     def kill(self, address: Address, client: Client) -> Command[Any]:
-        """End a connection; one that is blocked only wakes up, as if its time were over."""
-        words = ("CLIENT", "UNBLOCK") if client.blocked else ("CLIENT", "KILL", "ID")
-        return Command((*words, str(client.id)), (), repeatable=True, node=address)
+        """End a connection."""
+        words = "CLIENT", "KILL", "ID", str(client.id)
+        return Command(words, (), repeatable=True, node=address)
 
 
 def _both(count: int) -> bool:
@@ -225,6 +248,10 @@ def _whole(command: Command[Any]) -> Command[Any]:
 
 def _claimed(reply: list[Any]) -> tuple[str, float] | None:
     return None if reply[0] else (reply[1].decode(), max(0, reply[2]) / 1000)
+
+
+def _text(reply: bytes | None) -> str | None:
+    return None if reply is None else reply.decode(errors="replace")
 
 
 def _clients(reply: bytes) -> list[Client]:

@@ -21,6 +21,13 @@ from redishacks.router.replies import BatchError, Reply, Results
 
 #: What is not done to all nodes by mistake.
 _DESTROYS = {b"FLUSHDB", b"FLUSHALL", b"SHUTDOWN", b"SWAPDB", b"DEBUG", b"REPLICAOF", b"SLAVEOF"}
+#: What would change a connection that others use: its name says by which version it goes.
+_CHANGES = {
+    *(b"SELECT", b"RESET", b"HELLO", b"AUTH", b"QUIT", b"READONLY", b"READWRITE", b"ASKING"),
+    *(b"MULTI", b"EXEC", b"DISCARD", b"WATCH", b"UNWATCH", b"MONITOR", b"SYNC", b"PSYNC"),
+    *(b"SUBSCRIBE", b"PSUBSCRIBE", b"SSUBSCRIBE"),
+}
+_CLIENT_CHANGES = {b"SETNAME", b"REPLY", b"TRACKING", b"CACHING", b"NO-EVICT", b"NO-TOUCH"}
 
 
 class _Fanout:
@@ -36,6 +43,12 @@ class _Fanout:
 
     def _say(self, args: Sequence[Any], options: Mapping[str, Any]) -> Steps[dict[str, Any]]:
         words, parse = self._core.say(args, options)
+        word, option = words[0].upper(), words[1].upper() if len(words) > 1 else b""
+        if word in _CHANGES or (word == b"CLIENT" and option in _CLIENT_CHANGES):
+            raise UsageError(
+                f"{words[0].decode()} would change a connection that others use: take a client of "
+                "your own for that"
+            )
         if words[0].upper() in _DESTROYS and not self._destroy:
             raise UsageError(
                 f"{words[0].decode()} for several nodes: say fanout(destroy=True) if that is meant"
