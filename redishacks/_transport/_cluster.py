@@ -156,6 +156,10 @@ class SlotMap:
         """Return all of them."""
         return keys
 
+    def aside(self, pattern: bytes) -> bytes:
+        """Never asked for."""
+        raise NotImplementedError
+
     def settings(self, address: Address, usual: Settings) -> Settings:
         """Return how to reach a node: as any other one."""
         return usual if address == usual.address else usual.at(address)

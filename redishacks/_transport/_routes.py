@@ -91,6 +91,9 @@ class Routes(Protocol):
     def visible(self, keys: list[bytes]) -> list[bytes]:
         """Return keys of a node as its users know them: without those that are not theirs."""
 
+    def aside(self, pattern: bytes) -> bytes:
+        """Return what the names match while keys move that a pattern is for."""
+
     def settings(self, address: Address, usual: Settings) -> Settings:
         """Return how to reach a node."""
 

@@ -122,7 +122,7 @@ class Move:
 
         All others must be there. Clients learn of it as of any change.
         """
-        yield from self._learn()
+        yield from self._learn(without=name)
         old = self._topology().placement
         if self._topology().state != SETTLED:
             raise UsageError("keys are moving: that must come to its end before a node is ejected")
@@ -143,6 +143,11 @@ class Move:
         finally:
             yield from self._on_all(self._layout.claim, self._token, 0.0)
         return self._topology()
+
+    def dismiss(self, name: str) -> Steps[None]:
+        """Tell a node that was ejected, if it hears it: clients that reach it learn so at once."""
+        tell = self._layout.tell(self._nodes.open(name), self._topology())
+        yield from ask_all([tell])
 
     def _carry_on(self) -> Steps[None]:
         topology = self._topology()
@@ -338,9 +343,9 @@ class Move:
             yield from self._renew()
             yield Sleep(_LOOK)
 
-    def _learn(self) -> Steps[None]:
-        """Learn what is stored."""
-        yield from self._nodes.refresh()
+    def _learn(self, without: str = "") -> Steps[None]:
+        """Learn what is stored; `without` names a node that is not to be waited for."""
+        yield from self._nodes.refresh(without)
         self._known = self._nodes.view
 
     def _topology(self) -> Topology:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import random
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar
@@ -244,6 +245,10 @@ class Nodes:
         """Return keys of a node as its users know them: without those that are the router's own."""
         return self.layout.visible(keys)
 
+    def aside(self, pattern: bytes) -> bytes:
+        """Return what the names match while keys move that a pattern is for."""
+        return re.sub(rb"([\\*?\[\]])", rb"\\\1", self.layout.aside_prefix) + pattern
+
     def where(self, keys: Sequence[bytes]) -> str:
         """Name the node for these keys; empty when it could be any."""
         view = self.view
@@ -330,18 +335,20 @@ class Nodes:
 
     # What is stored
 
-    def refresh(self) -> Steps[None]:
+    def refresh(self, without: str = "") -> Steps[None]:
         """Learn the newest topology; the first client of nodes that nobody has used makes it.
 
         One round trip. A node that has lost it is told again, once all others say what is newest.
+        `without` names one that is not to be waited for.
         """
         hint, self._hint = self._hint, None
         names = self.names
-        found = yield from self._read([hint] if hint else names)
+        asked = [name for name in names if name != without]
+        found = yield from self._read([hint] if hint in asked else asked)
         newest = self._newest(found)
         if newest is None or (self.view is not None and newest.version <= self.view.version):
             if hint:
-                found = yield from self._read(names)
+                found = yield from self._read(asked)
                 newest = self._newest(found)
             missing = [name for name in names if name not in found]
             newest = yield from self._mend(found, newest, missing)

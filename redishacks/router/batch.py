@@ -98,8 +98,10 @@ class Batch(Recorded):
                         calls[place] = Call(OTHER, (yield from one.as_command()))
                     else:
                         said_so = core.say(("GET", one), {}) if isinstance(one, bytes) else one
-                        _check(said_so)
-                        calls[place] = yield from core.call(said_so)
+                        made = yield from core.call(said_so)
+                        if waits(said_so[0]):
+                            yield from self._refuse(made.command)
+                        calls[place] = made
                 except RedisHacksError as error:
                     results.errors[place] = error
             in_order(calls)
@@ -128,6 +130,12 @@ class Batch(Recorded):
             return self._core.routes.where((one,))
         return self._core.routes.where(calls[place].command.keys) if place in calls else ""
 
+    def _refuse(self, command: Command[Any]) -> Steps[None]:
+        yield from self._core.learn()
+        self._core.together(command.keys)
+        name = bytes(command.args[0]).decode()  # type: ignore[arg-type]
+        raise UsageError(f"{name} waits, and a batch would wait with it: say it alone")
+
     def forget(self) -> None:
         """Send nothing."""
         self._results.begin(len(self._said))
@@ -137,9 +145,3 @@ class Batch(Recorded):
 
     def __len__(self) -> int:
         return len(self._said)
-
-
-def _check(said: Said) -> None:
-    if waits(said[0]):
-        name = said[0][0].decode(errors="replace")
-        raise UsageError(f"{name} waits, and all of a batch would wait with it: say it alone")

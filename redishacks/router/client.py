@@ -54,6 +54,8 @@ X = TypeVar("X", SyncTransport, AsyncTransport)
 
 #: Seconds for a survey of all nodes, and for one exchange of a move.
 _SURVEY, _MOVING = 600.0, 30.0
+#: Seconds for a word to a node that was ejected, which is probably gone.
+_LAST_WORD = 0.5
 #: Seconds that a call may take longer when its nodes must be asked again, and one took all.
 _GRACE = 0.05
 
@@ -275,6 +277,7 @@ class Router(_Base[SyncTransport], CoreCommands):  # type: ignore[misc]
         """
         move = Move(self._nodes(), take_over=take_over)
         drive(move.eject(name), self._transport, _MOVING)
+        drive(move.dismiss(name), self._transport, _LAST_WORD)
 
     @contextmanager
     def transaction(self, *keys: Any) -> Iterator[Transaction]:
@@ -416,6 +419,7 @@ class AsyncRouter(_Base[AsyncTransport], AsyncCoreCommands):  # type: ignore[mis
         """
         move = Move(self._nodes(), take_over=take_over)
         await drive_async(move.eject(name), self._transport, _MOVING)
+        await drive_async(move.dismiss(name), self._transport, _LAST_WORD)
 
     @asynccontextmanager
     async def transaction(self, *keys: Any) -> AsyncIterator[AsyncTransaction]:

@@ -16,15 +16,18 @@ class Scan:
 
     def __init__(self, core: Core, match: Any, count: int | None, type_: str | None) -> None:
         self._core = core
+        self._match = None if match is None else core.dialect.encode(match)
         words: list[bytes] = []
-        for name, value in ((b"MATCH", match), (b"COUNT", count), (b"TYPE", type_)):
+        for name, value in ((b"COUNT", count), (b"TYPE", type_)):
             if value is not None:
                 words += name, core.dialect.encode(value)
         self._words = tuple(words)
-        self._nodes: list[str] = []
+        #: What is left of this pass: nodes, and patterns of names.
+        self._nodes: list[tuple[str, bytes | None]] = []
         self._cursor = b"0"
         self._version = -1
-        self._passed = False
+        #: How many passes must follow.
+        self._more = 1
 
     def page(self) -> Steps[list[Any] | None]:
         """Return some more keys; None at the end. One round trip."""
@@ -33,20 +36,32 @@ class Scan:
         if not self._nodes:
             view = routes.view
             version = view.version if view is not None else 0
-            if self._passed and version == self._version:
+            if not self._more and version == self._version:
                 return None
-            # A key that moved may have been on neither node when that was looked at. So a pass in
-            # the course of a move is followed by one more; by then it is where it went.
-            self._passed = view is None or view.settled or version == self._version
+            # A key that moves may be on neither node when that is looked at. So a pass in the
+            # course of a move is followed by two more: whatever is aside at the end of the first
+            # and the beginning of the third is so throughout the second, and seen there.
+            settled = view is None or view.settled
+            if settled:
+                self._more = 0
+            elif version == self._version:
+                self._more -= 1
+            else:
+                self._more = 2
             self._version = version
-            self._nodes = list(routes.every())
-        name = self._nodes[0]
+            patterns = [self._match]
+            if not settled and self._match is not None:
+                patterns.append(routes.aside(self._match))
+            self._nodes = [(name, pattern) for name in routes.every() for pattern in patterns]
+        name, pattern = self._nodes[0]
         node = routes.every().get(name)
         if node is None:  # it was taken out meanwhile
             del self._nodes[0]
+            self._cursor = b"0"
             return []
+        matching = () if pattern is None else (b"MATCH", pattern)
         command: Command[Any] = Command(
-            (b"SCAN", self._cursor, *self._words), (), repeatable=True, node=node
+            (b"SCAN", self._cursor, *matching, *self._words), (), repeatable=True, node=node
         )
         self._cursor, keys = yield from ask(command)
         if self._cursor == b"0":
