@@ -428,8 +428,10 @@ class Nodes:
         if behind and any(name in missing for name in newest.nodes):
             return newest  # they serve nothing until then
         for name in behind:
-            if not fresh:
-                had = _version(found[name])
+            had = _version(found[name])
+            # One version behind, or new in a move: that is being told just now.
+            lost = had < newest.version - 1 if had else newest.state == SETTLED
+            if lost and not fresh:
                 _log.warning(
                     "node %s had %s, and is told of version %d of the topology: its keys are those "
                     "that it has come back with",
