@@ -49,7 +49,7 @@ _TRIALS = (
 class _Untold(Nodes):
     """Nodes that are told nothing, whatever they say."""
 
-    def refresh(self) -> Steps[None]:
+    def refresh(self, without: str = "") -> Steps[None]:
         """Leave them as they are."""
         self.stale = False
         return
