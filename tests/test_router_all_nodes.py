@@ -297,6 +297,24 @@ def test_scanning_while_keys_move(colour: Routers, three: Place, prefix: str, ru
                 assert set(keys) == wanted
 
 
+def test_scanning_what_is_set_aside(colour: Routers, three: Place, prefix: str) -> None:
+    """A key that is on its way is returned by its name, also when names are to match."""
+    router = colour.router(three.nodes())
+    with closing(Router(three.nodes(), deadline=PATIENT)) as mover:
+        plan = mover.plan(["a"])
+        key = of(mover, prefix, "b")
+        mover.set(key, 1)
+        halted(mover, plan)
+        with three.servers["b"].client() as client:
+            client.rename(key, b"rh:r1:{router}:aside:" + key.encode())
+        target = router.target if isinstance(router, Face) else router
+        for options in ({}, {"match": f"{prefix}*"}, {"match": "*", "_type": "string"}):
+            assert set(colour.listed(target.scan_iter(**options))) == {key.encode()}
+        assert colour.listed(target.scan_iter(match="none*")) == []
+        mover.reshard(None)
+        assert mover.get(key) == b"1"
+
+
 class _Stop(Exception):
     """What only these tests raise."""
 
@@ -339,6 +357,8 @@ def test_scanning_a_node_that_is_taken_out(colour: Routers, three: Place, prefix
         while len(before & set(found)) < 25:
             found.append(following())
         mover.reshard(None)
+        moved = next(iter(before))
+        assert eventually(lambda: router.get(moved) == b"1" and router.node_for(moved) == "a")
         while (key := following()) is not None:
             found.append(key)
         assert set(found) == wanted

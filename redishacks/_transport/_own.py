@@ -86,6 +86,11 @@ class Conversation:
         """No key was moving when it began."""
         return self._terms.settled
 
+    @property
+    def due(self) -> bool:
+        """Whether its node is to be asked, with the next word, if it knows of a newer view."""
+        return bool(monotonic() >= self._link.due)
+
     def ask(self, words: Sequence[Words], deadline: float) -> list[Any]:
         """Say some words; returns their replies, errors as values.
 
@@ -126,6 +131,11 @@ class AsyncConversation:
     def settled(self) -> bool:
         """No key was moving when it began."""
         return self._terms.settled
+
+    @property
+    def due(self) -> bool:
+        """Whether its node is to be asked, with the next word, if it knows of a newer view."""
+        return monotonic() >= self._link.due
 
     async def ask(self, words: Sequence[Words], deadline: float) -> list[Any]:
         """Say some words, as `Conversation.ask`."""

@@ -20,6 +20,7 @@ from redishacks.router._dialect import value_of
 _SLICE = 1.0
 #: Seconds before a wait is begun anew where keys are moving.
 _PAUSE = 0.01
+_PING = (b"PING",)
 #: Which word says for how long, in seconds.
 _LAST = {b"BLPOP", b"BRPOP", b"BZPOPMIN", b"BZPOPMAX", b"BRPOPLPUSH", b"BLMOVE"}
 _FIRST = {b"BLMPOP", b"BZMPOP"}
@@ -36,6 +37,12 @@ def wait(core: Core, said: Said, deadline: float) -> Steps[Any]:
     while True:
         talk = yield from call(core.transport.converse, command.keys, deadline)
         try:
+            if talk.due:
+                # With the word that waits, what its node says of itself would be heard too late.
+                yield from call(talk.ask, [_PING], deadline)
+                if core.routes.stale:
+                    yield Sleep(_PAUSE)
+                    continue
             now, seconds = what.slice(None if end is None else end - clock())
             began = clock()
             (reply,) = yield from call(talk.ask, [now], seconds + deadline)
