@@ -838,7 +838,7 @@ def test_what_was_taken_out_is_shown(fleet: Fleet) -> None:
     assert [(node["used"], node["version"]) for node in found["nodes"]] == [
         (True, 2), (True, 2), (False, 2)
     ]  # fmt: skip
-    assert "  taken out (1)  " in fleet.shown("nodes", "status", "--nodes", fleet.file())
+    assert "  taken out (2)  " in fleet.shown("nodes", "status", "--nodes", fleet.file())
 
 
 def test_eject_while_somebody_moves(fleet: Fleet) -> None:

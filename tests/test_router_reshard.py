@@ -228,6 +228,7 @@ def test_nothing_is_lost_or_doubled_under_fire(place: Place) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_nothing_is_lost_or_doubled_in_thirty_rounds(place: Place) -> None:
     """Thirty times forth and back, under fire."""
     ledgers = under_fire(place, 30, 2)
@@ -513,6 +514,7 @@ def test_a_second_mover_that_is_killed_too_leaves_nothing_undone(
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_second_mover_that_is_killed_anywhere_leaves_nothing_undone(
     place: Place, tmp_path: Path
 ) -> None:
@@ -524,6 +526,7 @@ def test_a_second_mover_that_is_killed_anywhere_leaves_nothing_undone(
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_mover_that_is_killed_anywhere_leaves_nothing_undone(
     place: Place, tmp_path: Path
 ) -> None:
@@ -795,6 +798,7 @@ def test_a_mover_that_was_stopped_does_no_harm_when_it_goes_on(
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_mover_that_was_stopped_anywhere_does_no_harm(place: Place, tmp_path: Path) -> None:
     """Wherever a mover was stopped: it does no harm when it goes on."""
     for at in itertools.count(1):
