@@ -69,6 +69,8 @@ def perform(effect: Effect, transport: Exchange | None, deadline: float) -> Any:
         return time.sleep(effect.seconds)
     assert transport is not None
     if isinstance(effect, Ask):
+        if effect.view is None:
+            return transport.run(effect.commands, deadline)
         return transport.run(effect.commands, deadline, effect.view)
     if isinstance(effect, Meanwhile):
         with ThreadPoolExecutor(1, "redishacks-meanwhile") as pool:
@@ -88,6 +90,8 @@ async def perform_async(effect: Effect, transport: AsyncExchange | None, deadlin
         return await asyncio.sleep(effect.seconds)
     assert transport is not None
     if isinstance(effect, Ask):
+        if effect.view is None:
+            return await transport.run(effect.commands, deadline)
         return await transport.run(effect.commands, deadline, effect.view)
     if isinstance(effect, Meanwhile):
         asked = asyncio.ensure_future(transport.run(effect.ask.commands, deadline))
