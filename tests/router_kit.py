@@ -23,7 +23,7 @@ from tests.helpers import Colour, Facade
 #: Seconds that a call may take where nothing is wrong, on a machine that is busy.
 PATIENT = 20.0
 #: Seconds beyond a deadline: ten times of what is promised.
-LENIENCE = 1.5
+LENIENCE = 3.0
 
 
 class Face:

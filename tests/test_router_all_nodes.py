@@ -259,7 +259,7 @@ def three() -> Iterator[Place]:
 
 
 @pytest.mark.parametrize(
-    "runs", [2, pytest.param(10, marks=pytest.mark.slow)], ids=["some", "many"]
+    "runs", [2, pytest.param(10, marks=[pytest.mark.slow, pytest.mark.long])], ids=["some", "many"]
 )
 def test_scanning_while_keys_move(colour: Routers, three: Place, prefix: str, runs: int) -> None:
     """Keys that are there all the time are all returned, though nodes come and go meanwhile."""
